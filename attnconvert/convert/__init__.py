@@ -1,0 +1,1 @@
+"""The life of one conversion: load, plan, run, save, evaluate."""

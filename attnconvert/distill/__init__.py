@@ -1,0 +1,1 @@
+"""What trains a converted model: attention transfer, LoRA finetuning, losses, data, the training loop."""

@@ -1,0 +1,152 @@
+"""LoRA finetuning of the whole converted model against the teacher's logits (forward KL) and the text (cross-entropy).
+
+The teacher is the same set of weights with the adapters off and every core in teacher mode, so no second model is held. On an unconverted model
+(no cores) the same code gives the baseline: the softmax model finetuned on the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from attnconvert.distill.data import IGNORE_INDEX, epoch_indices
+from attnconvert.distill.loop import Core, ParamGroup, RunContext, StageResult, autocast, skip_stage, train
+from attnconvert.distill.lora import adapters_off, lora_layers
+from attnconvert.distill.losses import distillation_loss, hidden_states, logit_head
+
+if TYPE_CHECKING:
+    import peft
+
+    from attnconvert.distill.config import FinetuneConfig
+    from attnconvert.distill.data import PackedRows
+
+_CHUNK_ELEMENTS = 2**26
+"""Logits held at once: 256 MiB per fp32 tensor, of which the loss needs about four."""
+
+
+def run_finetune(model: peft.PeftModel, cores: Mapping[int, Core], rows: PackedRows, config: FinetuneConfig, run: RunContext) -> StageResult:
+    """Trains the adapters, and the cores when `config.train_cores`; the base weights never change.
+
+    KL is averaged over all tokens of a batch, cross-entropy over those with a next token in their document; both by the counts of the whole batch, so
+    `micro_batch_size` changes nothing but rounding. Dropout is that of the adapters only; the model itself stays in eval mode.
+
+    Args:
+        model: the result of `lora.add_lora`, on `run.device`.
+        cores: layer index -> the core of that layer, parameters in fp32; empty for an unconverted model.
+        rows: training rows of `config.length` tokens.
+        config: the recipe's `stages.finetune`.
+        run: where and how.
+
+    Raises:
+        AttnConvertError: `unknown-logit-head`, `no-lm-head`, and see `loop.train`.
+    """
+    if config.steps == 0:
+        return skip_stage("finetune", "stages.finetune.tokens is 0", run)
+    assert rows.length == config.length, f"rows of {rows.length} tokens for a stage of length {config.length}"
+    base = model.get_base_model()
+
+    base.eval()
+    base.requires_grad_(False)
+    # Inside an attention module, but named apart: cores are saved and given their own learning rate by layer index.
+    core_params = {f"core.{idx}.{name}": p for idx, core in sorted(cores.items()) for name, p in core.named_parameters()} if config.train_cores else {}
+    adapter_params: dict[str, nn.Parameter] = {}
+    for path, layer in lora_layers(model).items():
+        cast(nn.Module, layer.lora_dropout).train()
+        adapter_params |= {f"{path}.{name}": p for name, p in cast(nn.Module, layer).named_parameters() if name.startswith("lora_")}
+    groups = [ParamGroup(adapter_params, config.lr, config.weight_decay)]
+    if core_params:
+        # No decay: it would pull feature maps that start at the identity towards zero.
+        groups.append(ParamGroup(core_params, config.core_lr or config.lr, 0.0))
+    trained = [p for group in groups for p in group.params.values()]
+    for p in trained:
+        p.requires_grad_(True)
+
+    head = logit_head(base, rows.input_ids[:1, :16].to(run.device, torch.int64))
+    vocab_size = cast(Any, base).get_output_embeddings().weight.shape[0]
+    chunk_size = max(16, _CHUNK_ELEMENTS // vocab_size)
+    micro = config.micro_batch_size or config.batch_size
+
+    def compute(step: int) -> dict[str, Tensor]:
+        batch = rows.rows(epoch_indices(rows.num_rows, run.seed, step, config.batch_size))
+        targets = batch.targets()
+        # Counted on the CPU: no wait for the device.
+        num_tokens, num_targets = targets.numel(), int((targets != IGNORE_INDEX).sum())
+        kl_sum, ce_sum = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
+        for start in range(0, config.batch_size, micro):
+            part = slice(start, start + micro)
+            input_ids = batch.input_ids[part].to(run.device, non_blocking=True)
+            position_ids = batch.position_ids[part].to(run.device, non_blocking=True)
+            teacher_hidden = None
+            if config.kl > 0:
+                with _as_teacher(model, cores), torch.no_grad(), autocast(run):
+                    teacher_hidden = hidden_states(base, input_ids, position_ids)
+            with autocast(run):
+                student_hidden = hidden_states(base, input_ids, position_ids)
+                part_targets = targets[part].to(run.device, non_blocking=True)
+                loss = distillation_loss(
+                    student_hidden,
+                    teacher_hidden,
+                    head,
+                    part_targets,
+                    torch.ones_like(part_targets, dtype=torch.bool),  # packed rows have no padding
+                    config.kl / num_tokens,
+                    config.ce / max(1, num_targets),
+                    chunk_size,
+                )
+            loss.loss.backward()  # type: ignore[no-untyped-call]
+            kl_sum, ce_sum = kl_sum + loss.kl_sum, ce_sum + loss.ce_sum
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip or float("inf"))
+        kl, ce = kl_sum / num_tokens, ce_sum / max(1, num_targets)
+        metrics = {"loss": config.kl * kl + config.ce * ce, "grad_norm": norm, "ce": ce}
+        return metrics | ({"kl": kl} if config.kl > 0 else {})
+
+    with _gradient_checkpointing(base, run.gradient_checkpointing):
+        return train("finetune", groups, compute, layers=[], config=config, rows=rows, run=run)
+
+
+@contextmanager
+def _as_teacher(model: peft.PeftModel, cores: Mapping[int, Core]) -> Iterator[None]:
+    before = [(core, core.teacher) for core in cores.values()]
+    try:
+        for core, _ in before:
+            core.teacher = True
+        with adapters_off(model):
+            yield
+    finally:
+        for core, teacher in before:
+            core.teacher = teacher
+
+
+@contextmanager
+def _gradient_checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Inside, decoder layers recompute their activations in the backward pass.
+
+    transformers does so only for modules in training mode. The flag is set on those modules alone, not below them, so that the model's own
+    attention and residual dropout stay off.
+    """
+    if not enabled:
+        yield
+        return
+    lm: Any = model
+    settings = {"use_reentrant": False}  # the reentrant kind gives no gradient when the embeddings are frozen
+    if hasattr(lm, "activation_checkpointing_enable"):  # transformers >= 5.23, where the old name warns
+        lm.activation_checkpointing_enable(settings)
+    else:
+        lm.gradient_checkpointing_enable(settings)
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert layers, "transformers enabled gradient checkpointing on no module"
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        if hasattr(lm, "activation_checkpointing_disable"):
+            lm.activation_checkpointing_disable()
+        else:
+            lm.gradient_checkpointing_disable()

@@ -1,0 +1,35 @@
+"""The model and the text inside the package: `attnconvert linearize demo` needs no download.
+
+`model/` is an ordinary Hugging Face checkpoint (Llama architecture, 6 M parameters; its README.md is the model card), `text/` holds
+excerpts in gzip JSON lines with the keys `text` and `source`. Sources and licences: NOTICE. Built by tools/build_demo_corpus.py and
+tools/train_demo_model.py.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+DEMO_OVERRIDES: tuple[str, ...] = (
+    "stages.transfer.tokens=150k",
+    "stages.transfer.length=512",
+    "stages.transfer.batch_size=8",
+    "stages.finetune.tokens=150k",
+    "stages.finetune.length=512",
+    "stages.finetune.batch_size=8",
+    "eval.tokens=16k",
+    "eval.length=512",
+)
+"""Recipe overrides (`key=value`, as for `--set`) that make a conversion of the embedded model end in under 3 minutes on 2 CPU cores.
+An override given by the user comes after these and wins."""
+
+
+def model_dir() -> Path:
+    """The folder of the embedded model, for `from_pretrained`."""
+    return Path(str(files(__name__) / "model"))
+
+
+def text_path(split: Literal["train", "heldout"]) -> Path:
+    """The embedded text of one split (.jsonl.gz, objects with `text` and `source`). The model never saw a held-out document."""
+    return Path(str(files(__name__) / "text" / f"{split}.jsonl.gz"))

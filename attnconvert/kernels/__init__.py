@@ -1,0 +1,1 @@
+"""Attention operators: `<op>/{api,reference,triton}.py`. Torch only; importing transformers here is an error."""

@@ -1,0 +1,95 @@
+"""Hedgehog linear attention (https://arxiv.org/abs/2402.04347) with an exact softmax window and attention sinks.
+
+For query n with softmax set W_n (window and sinks) and remainder P_n (all earlier keys of the same document):
+
+    y_n = (g sum_W exp(s_ni - c_n) v_i + sum_P phi_q(q_n).phi_k(k_i) v_i) / (g sum_W exp(s_ni - c_n) + sum_P phi_q(q_n).phi_k(k_i))
+
+with s the softmax logits, c_n their maximum over W_n, g a learned weight per head, and
+phi(x) = max([softmax(xW), softmax(-xW)], 1e-12), W one matrix per query head (queries) and per KV head (keys).
+LoLCATs (https://arxiv.org/abs/2410.10254) is the same without sinks and with a key map per query head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from attnconvert.surgery.method import LayerCost, Method, MethodConfig
+from attnconvert.surgery.sites import Site
+
+
+class WindowConfig(MethodConfig):
+    """Which recent keys get exact softmax attention."""
+
+    kind: Literal["block", "sliding"] = Field(
+        default="block", description="sliding: exactly `size` keys including the query's own; block: the query's block of `size` and the one before (size+1 to 2*size keys), blocks counted from the first token of the document"
+    )
+    size: int = Field(default=64, ge=0, le=4096, description="keys; 0 = no window (pure Hedgehog)")
+
+
+class HedgehogConfig(MethodConfig):
+    """Settings of a Hedgehog layer."""
+
+    window: WindowConfig = WindowConfig()
+    sinks: int = Field(default=4, ge=0, le=64, description="first tokens of each document that stay in the softmax branch")
+    linear: bool = Field(default=True, description="false = window and sinks alone, the honest baseline; keys outside are dropped")
+    feature_dim: int | None = Field(default=None, ge=1, le=256, description="features per half of the map (the state has twice as many); null = head_dim")
+    key_map: Literal["per_kv_head", "per_query_head"] = Field(default="per_kv_head", description="per_kv_head shares map and state inside a KV group; per_query_head is LoLCATs' layout, num_heads / num_kv_heads times the state")
+    softmax_weight: float = Field(default=0.1, gt=0, lt=1, description="initial g, the weight of the softmax branch (LoLCATs: 0.1)")
+
+    @model_validator(mode="after")
+    def _something_left(self) -> HedgehogConfig:
+        if not self.linear and self.window.size == 0:
+            raise ValueError("linear: false needs a window (window.size > 0), else a query sees nothing but sinks")
+        return self
+
+
+def check(config: HedgehogConfig, site: Site) -> list[str]:
+    problems = []
+    if site.softcap is not None:
+        problems.append("the layer caps its attention logits (softcap), which the softmax branch does not do yet")
+    if site.has_sink_logits:
+        problems.append("the layer has learned sink logits (s_aux)")
+    if site.sliding_window is not None and config.linear:
+        problems.append(f"the layer is already a sliding window of {site.sliding_window} tokens; keep it, there is nothing to linearize")
+    return problems
+
+
+def runtime_config(config: HedgehogConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def cost(config: HedgehogConfig, site: Site, length: int, element_size: int) -> LayerCost:
+    H, G, D = site.num_heads, site.num_key_value_heads, site.head_dim
+    F = (config.feature_dim or D) * 2
+    state_heads = H if config.key_map == "per_query_head" else G
+    window_keys = min(length, (2 if config.window.kind == "block" else 1) * config.window.size)
+    state = window_keys * G * 2 * D * element_size + min(length, config.sinks) * G * 2 * D * element_size
+    flops, parameters = 4 * length * (window_keys + config.sinks) * H * D, H
+    if config.linear:
+        state += state_heads * F * (D + 1) * 4
+        flops += length * (2 * H * D * F // 2 + 2 * state_heads * D * F // 2 + 2 * H * F * D + 2 * state_heads * F * D)
+        parameters += (H + state_heads) * D * F // 2
+    return LayerCost(state_bytes=state, flops=flops, num_parameters=parameters)
+
+
+METHOD = Method(
+    name="hedgehog",
+    family="linearize",
+    summary="Hedgehog linear attention with an exact softmax window and attention sinks",
+    paper="https://arxiv.org/abs/2402.04347",
+    config=HedgehogConfig,
+    check=check,
+    runtime="attnconvert.surgery.runtime.hedgehog:HedgehogAttention",
+    runtime_config=runtime_config,
+    cost=cost,
+    examples=(
+        HedgehogConfig(window=WindowConfig(kind="block", size=8), sinks=2),
+        HedgehogConfig(window=WindowConfig(kind="sliding", size=8), sinks=2),
+        HedgehogConfig(window=WindowConfig(size=0), sinks=0, feature_dim=4),
+        HedgehogConfig(window=WindowConfig(kind="block", size=8), sinks=0, key_map="per_query_head"),
+        HedgehogConfig(window=WindowConfig(kind="sliding", size=8), sinks=2, linear=False),
+    ),
+    exact=HedgehogConfig(window=WindowConfig(kind="sliding", size=4096), sinks=0),
+)

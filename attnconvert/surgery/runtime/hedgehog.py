@@ -1,0 +1,63 @@
+"""Hedgehog core: exact softmax over a window and attention sinks, linear attention over the rest."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnconvert.kernels.linear.reference import LinearOutput, LinearState, attention_weight_loss, linear_attention
+from attnconvert.surgery.runtime.seam import AttentionCore, SeamInputs
+
+
+@functools.lru_cache(maxsize=2)
+def _kernel(compiled: bool) -> Callable[..., LinearOutput]:
+    """The operator, compiled once for all layers: weights are arguments, so 30 layers share one graph."""
+    return torch.compile(linear_attention, dynamic=False) if compiled else linear_attention
+
+
+class HedgehogAttention(AttentionCore):
+    """See `attnconvert.kernels.linear.reference` for the maths.
+
+    Parameters: query_map [H, D, F/2] and key_map [G or H, D, F/2], identity at the start (phi then follows the pretrained q and k);
+    linear_log_weight [H, 1], the log weight of the linear branch against the softmax branch (LoLCATs' -log gamma).
+    """
+
+    def __init__(
+        self, num_heads: int, num_key_value_heads: int, head_dim: int, window: dict[str, Any], sinks: int, linear: bool, feature_dim: int | None, key_map: str, softmax_weight: float
+    ):
+        super().__init__()
+        self.window_size, self.window_kind, self.num_sinks = int(window["size"]), str(window["kind"]), sinks
+        self.linear, self.linear_enabled = linear, True
+        if linear:
+            key_heads = num_heads if key_map == "per_query_head" else num_key_value_heads
+            eye = torch.eye(head_dim, feature_dim or head_dim, dtype=torch.float32)
+            self.query_map = nn.Parameter(eye.repeat(num_heads, 1, 1))
+            self.key_map = nn.Parameter(eye.repeat(key_heads, 1, 1))
+            self.linear_log_weight = nn.Parameter(torch.full((num_heads, 1), -math.log(softmax_weight), dtype=torch.float32))
+
+    def _options(self, scaling: float) -> dict[str, Any]:
+        on = self.linear and self.linear_enabled
+        return {
+            "window_size": self.window_size, "window_kind": self.window_kind, "num_sinks": self.num_sinks, "scale": scaling,
+            "query_map": self.query_map if on else None, "key_map": self.key_map if on else None,
+            "linear_log_weight": self.linear_log_weight if on else torch.zeros(1, 1),
+        }  # fmt: skip
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> Tensor:
+        layer = inputs.layer
+        state = LinearState(**layer.state) if layer is not None and layer.state else None
+        out, final = _kernel(self.compile_kernel)(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **self._options(inputs.scaling), start=inputs.start, initial_state=state, output_final_state=layer is not None
+        )
+        if layer is not None:
+            assert final is not None
+            layer.state = final._asdict()
+        return out.transpose(1, 2)
+
+    def weight_loss(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> Tensor:
+        return attention_weight_loss(q.transpose(1, 2), k.transpose(1, 2), **self._options(inputs.scaling), start=inputs.start)

@@ -1,0 +1,140 @@
+"""The linear-attention operator against a direct quadratic oracle in fp64: outputs, gradients, states, documents, padding."""
+
+import pytest
+import torch
+
+from attnconvert.kernels.linear.reference import feature_map, linear_attention
+
+B, H, G, D, F = 2, 4, 2, 6, 5
+KINDS = [("block", 4, 2), ("sliding", 4, 2), ("block", 8, 0), ("sliding", 3, 1), ("block", 1, 0), ("sliding", 1, 3), ("sliding", 0, 0), ("block", 0, 2), ("block", 64, 4)]
+
+
+def draw(T, *, heads=G, linear=True, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
+    tensors = {"q": r(B, T, H, D), "k": r(B, T, G, D), "v": r(B, T, G, D), "linear_log_weight": r(H, 1)}
+    return tensors | ({"query_map": r(H, D, F), "key_map": r(heads, D, F)} if linear else {"query_map": None, "key_map": None})
+
+
+def oracle(q, k, v, linear_log_weight, query_map, key_map, *, window_size, window_kind, num_sinks, scale, start):
+    """The definition, key by key, with T x T masks. start: [B, T]."""
+    T = q.shape[1]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2).repeat_interleave(H // G, 1), v.transpose(1, 2).repeat_interleave(H // G, 1)
+    n, i = torch.arange(T)[:, None], torch.arange(T)[None]
+    s = start[:, :, None]
+    p = n - s
+    lo = {"sliding": (p - window_size + 1).clamp_min(0), "block": (p.div(max(window_size, 1), rounding_mode="floor") - 1).clamp_min(0) * window_size}[window_kind]
+    if window_size == 0:
+        lo = p + 1
+    seen = (i <= n) & (i >= s)
+    exact = (seen & ((i >= s + lo) | (i < s + num_sinks)))[:, None]
+    rest = (seen & (i < s + lo) & (i >= s + num_sinks))[:, None]
+    logits = (q @ k.transpose(-1, -2) * scale).masked_fill(~exact, float("-inf"))
+    top = logits.amax(-1, keepdim=True)
+    top = torch.where(top == float("-inf"), torch.zeros_like(top), top)
+    w = torch.exp(logits - top)
+    if query_map is not None:
+        key_map = key_map if key_map.shape[0] == H else key_map.repeat_interleave(H // G, 0)
+        w = w + torch.exp(linear_log_weight)[..., None] * (feature_map(q, query_map) @ feature_map(k, key_map).transpose(-1, -2)) * rest
+    total = w.sum(-1, keepdim=True)
+    return (w @ v / torch.where(total == 0, torch.ones_like(total), total)).transpose(1, 2)
+
+
+def options(kind, size, sinks):
+    return {"window_size": size, "window_kind": kind, "num_sinks": sinks, "scale": 0.4}
+
+
+STARTS = {
+    "none": lambda T: torch.zeros(B, T, dtype=torch.int64),
+    "left-padded": lambda T: torch.tensor([[0] * T, [min(5, T)] * T]),
+    "packed": lambda T: torch.stack([torch.tensor([max(x for x in cuts if x <= t) for t in range(T)]) for cuts in ([0, 3, 4, 11], [0, 17, 18, 30])]),
+}
+
+
+@pytest.mark.parametrize("where", STARTS)
+@pytest.mark.parametrize(("kind", "size", "sinks"), KINDS)
+@pytest.mark.parametrize("heads", [G, H])
+def test_output_and_gradients_equal_the_quadratic_definition(kind, size, sinks, where, heads):
+    for T in (1, 7, 37):
+        x = draw(T, heads=heads)
+        start = STARTS[where](T)
+        want = oracle(**x, **options(kind, size, sinks), start=start)
+        got = linear_attention(**x, **options(kind, size, sinks), start=None if where == "none" else start).output
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+        probe = torch.randn(want.shape, dtype=want.dtype, generator=torch.Generator().manual_seed(3))
+        for a, b, name in zip(torch.autograd.grad((got * probe).sum(), list(x.values()), allow_unused=True, materialize_grads=True), torch.autograd.grad((want * probe).sum(), list(x.values()), allow_unused=True, materialize_grads=True), x, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9, msg=lambda m, name=name: f"grad {name}: {m}")
+
+
+@pytest.mark.parametrize(("kind", "size", "sinks"), [k for k in KINDS if k[1]])
+def test_without_linear_branch_only_window_and_sinks_are_seen(kind, size, sinks):
+    x = draw(37, linear=False)
+    start = STARTS["packed"](37)
+    torch.testing.assert_close(linear_attention(**x, **options(kind, size, sinks), start=start).output, oracle(**x, **options(kind, size, sinks), start=start))
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("heads", [G, H])
+@pytest.mark.parametrize(("kind", "size", "sinks"), KINDS)
+@pytest.mark.parametrize("pieces", [[1] * 29, [13, 1, 1, 9, 5], [28, 1], [4, 8, 8, 8, 1], [29]])
+def test_pieces_with_carried_state_equal_one_call(kind, size, sinks, heads, pieces, linear):
+    if not linear and size == 0:
+        pytest.skip("no window and no linear branch is not a method")
+    x = {n: None if t is None else t.detach() for n, t in draw(29, heads=heads, linear=linear).items()}
+    start = torch.tensor([[0] * 29, [6] * 29])  # the second row is left-padded
+    want = linear_attention(**x, **options(kind, size, sinks), start=start).output
+    state, got, at = None, [], 0
+    for n in pieces:
+        part = {m: t[:, at : at + n] if m in "qkv" else t for m, t in x.items()}
+        here = (start[:, at : at + n] - at).clamp(0, n)
+        out, state = linear_attention(**part, **options(kind, size, sinks), start=here, initial_state=state, output_final_state=True)
+        got.append(out)
+        at += n
+    assert state.length.tolist() == [29, 23]
+    torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-9, atol=1e-10)
+
+
+def test_state_size_does_not_grow_with_tokens():
+    sizes = set()
+    for T in (1, 30, 200):
+        x = {n: t.detach() for n, t in draw(T).items()}
+        state = linear_attention(**x, **options("block", 8, 2), output_final_state=True).final_state
+        sizes.add(sum(t.numel() for t in state))
+    assert len(sizes) == 1
+
+
+def test_future_tokens_do_not_change_the_past():
+    x = {n: t.detach() for n, t in draw(40).items()}
+    before = linear_attention(**x, **options("block", 8, 2)).output
+    for name in "qkv":
+        x[name] = x[name].clone()
+        x[name][:, 23:] += 1.0
+    after = linear_attention(**x, **options("block", 8, 2)).output
+    assert torch.equal(before[:, :23], after[:, :23])
+    assert not torch.allclose(before[:, 23:], after[:, 23:])
+
+
+def test_bf16_input_is_computed_in_fp32():
+    x = {n: t.detach() for n, t in draw(300, dtype=torch.bfloat16).items()}
+    got = linear_attention(**x, **options("block", 16, 2)).output
+    want = linear_attention(**{n: t.double() for n, t in x.items()}, **options("block", 16, 2)).output
+    assert got.dtype == torch.bfloat16
+    one_rounding = want.abs().max() * 2**-8
+    assert (got.double() - want).abs().max() <= one_rounding
+
+
+def test_memory_of_forward_and_backward_grows_linearly():
+    def saved_elements(T):
+        total = 0
+
+        def pack(t):
+            nonlocal total
+            total += t.numel()
+            return t
+
+        x = draw(T, dtype=torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            linear_attention(**x, **options("block", 16, 2)).output.sum()
+        return total
+
+    assert saved_elements(1024) < 2.2 * saved_elements(512)
