@@ -36,9 +36,10 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="module")
 def model() -> Any:
     """The embedded model in fp32."""
-    loaded, info = AutoModelForCausalLM.from_pretrained(model_dir(), dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model_dir(), dtype=torch.float32, output_loading_info=True)
+    network, info = loaded
     assert not any(info.values()), info
-    return loaded.eval()
+    return network.eval()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,9 @@ def test_every_shipped_file_is_readable_by_other_users() -> None:
     assert all(p.stat().st_mode & 0o044 == 0o044 for p in [*model_dir().iterdir(), text_path("train"), text_path("heldout")])
 
 
-def test_heldout_perplexity_is_what_the_card_says_and_far_below_a_unigram_model(model: Any, tokenizer: PreTrainedTokenizerBase, training: dict[str, Any]) -> None:
+def test_heldout_perplexity_is_what_the_card_says_and_far_below_a_unigram_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, training: dict[str, Any]
+) -> None:
     counts = torch.ones(model.config.vocab_size)
     for document in read_text("train"):
         counts += torch.bincount(torch.tensor(tokenizer(document["text"])["input_ids"]), minlength=len(counts))
@@ -138,7 +141,8 @@ def test_corpus_sources_are_in_the_notice_and_none_is_copyleft() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.split("| source |")[1].splitlines()[2:] if line.startswith("|")]
     assert len(rows) >= 15
     for source, package, licence, *_ in rows:
-        assert f"\n{source} " in notice and package in notice
+        assert f"\n{source} " in notice
+        assert package in notice
         assert not any(word in licence.upper() for word in ("GPL", "GFDL", "MPL", "CC-BY"))
 
 
@@ -182,7 +186,8 @@ def test_trainer_sees_every_natural_row_once_an_epoch(trainer: ModuleType) -> No
 
 def test_card_and_training_record_name_command_device_and_measured_values(training: dict[str, Any]) -> None:
     card = (model_dir() / "README.md").read_text(encoding="utf-8")
-    assert training["command"] in card and training["device"] in card
+    assert training["command"] in card
+    assert training["device"] in card
     assert f"**{training['result']['ppl']}**" in card
     assert set(training["result"]["passkey"]) == {"64", "256", "1024"}
     assert training["corpus"]["sha256"].keys() == {"tokens.npy", "recall.npy", "heldout.jsonl", "tokenizer.json"}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnconvert.kernels.linear.reference import feature_map, linear_attention
+from attnconvert.kernels.linear.reference import attention_weight_loss, feature_map, linear_attention
 
 B, H, G, D, F = 2, 4, 2, 6, 5
 KINDS = [("block", 4, 2), ("sliding", 4, 2), ("block", 8, 0), ("sliding", 3, 1), ("block", 1, 0), ("sliding", 1, 3), ("sliding", 0, 0), ("block", 0, 2), ("block", 64, 4)]
@@ -13,10 +13,11 @@ def draw(T, *, heads=G, linear=True, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
     tensors = {"q": r(B, T, H, D), "k": r(B, T, G, D), "v": r(B, T, G, D), "linear_log_weight": r(H, 1)}
-    return tensors | ({"query_map": r(H, D, F), "key_map": r(heads, D, F)} if linear else {"query_map": None, "key_map": None})
+    maps = {"query_map": r(H, D, F), "key_map": r(heads, D, F), "query_gate": r(H, D), "key_gate": r(heads, D)}
+    return tensors | {name: t if linear else None for name, t in maps.items()}
 
 
-def oracle(q, k, v, linear_log_weight, query_map, key_map, *, window_size, window_kind, num_sinks, scale, start):
+def oracle(q, k, v, linear_log_weight, query_map, key_map, query_gate, key_gate, *, window_size, window_kind, num_sinks, scale, reference, start):
     """The definition, key by key, with T x T masks. start: [B, T]."""
     T = q.shape[1]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2).repeat_interleave(H // G, 1), v.transpose(1, 2).repeat_interleave(H // G, 1)
@@ -32,16 +33,16 @@ def oracle(q, k, v, linear_log_weight, query_map, key_map, *, window_size, windo
     logits = (q @ k.transpose(-1, -2) * scale).masked_fill(~exact, float("-inf"))
     top = logits.amax(-1, keepdim=True)
     top = torch.where(top == float("-inf"), torch.zeros_like(top), top)
-    w = torch.exp(logits - top)
+    w = torch.exp(logits - top) if reference == "window_max" else torch.exp(logits)
     if query_map is not None:
-        key_map = key_map if key_map.shape[0] == H else key_map.repeat_interleave(H // G, 0)
-        w = w + torch.exp(linear_log_weight)[..., None] * (feature_map(q, query_map) @ feature_map(k, key_map).transpose(-1, -2)) * rest
+        key_map, key_gate = (x if x.shape[0] == H else x.repeat_interleave(H // G, 0) for x in (key_map, key_gate))
+        w = w + torch.exp(linear_log_weight)[..., None] * (feature_map(q, query_map, query_gate) @ feature_map(k, key_map, key_gate).transpose(-1, -2)) * rest
     total = w.sum(-1, keepdim=True)
     return (w @ v / torch.where(total == 0, torch.ones_like(total), total)).transpose(1, 2)
 
 
-def options(kind, size, sinks):
-    return {"window_size": size, "window_kind": kind, "num_sinks": sinks, "scale": 0.4}
+def options(kind, size, sinks, reference="absolute"):
+    return {"window_size": size, "window_kind": kind, "num_sinks": sinks, "scale": 0.4, "reference": reference}
 
 
 STARTS = {
@@ -53,13 +54,13 @@ STARTS = {
 
 @pytest.mark.parametrize("where", STARTS)
 @pytest.mark.parametrize(("kind", "size", "sinks"), KINDS)
-@pytest.mark.parametrize("heads", [G, H])
-def test_output_and_gradients_equal_the_quadratic_definition(kind, size, sinks, where, heads):
+@pytest.mark.parametrize(("heads", "reference"), [(G, "absolute"), (H, "window_max")])
+def test_output_and_gradients_equal_the_quadratic_definition(kind, size, sinks, where, heads, reference):
     for T in (1, 7, 37):
         x = draw(T, heads=heads)
         start = STARTS[where](T)
-        want = oracle(**x, **options(kind, size, sinks), start=start)
-        got = linear_attention(**x, **options(kind, size, sinks), start=None if where == "none" else start).output
+        want = oracle(**x, **options(kind, size, sinks, reference), start=start)
+        got = linear_attention(**x, **options(kind, size, sinks, reference), start=None if where == "none" else start).output
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
         probe = torch.randn(want.shape, dtype=want.dtype, generator=torch.Generator().manual_seed(3))
         for a, b, name in zip(torch.autograd.grad((got * probe).sum(), list(x.values()), allow_unused=True, materialize_grads=True), torch.autograd.grad((want * probe).sum(), list(x.values()), allow_unused=True, materialize_grads=True), x, strict=True):
@@ -73,13 +74,10 @@ def test_without_linear_branch_only_window_and_sinks_are_seen(kind, size, sinks)
     torch.testing.assert_close(linear_attention(**x, **options(kind, size, sinks), start=start).output, oracle(**x, **options(kind, size, sinks), start=start))
 
 
-@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize(("kind", "size", "sinks", "linear"), [(*k, linear) for k in KINDS for linear in (True, False) if linear or k[1]])
 @pytest.mark.parametrize("heads", [G, H])
-@pytest.mark.parametrize(("kind", "size", "sinks"), KINDS)
 @pytest.mark.parametrize("pieces", [[1] * 29, [13, 1, 1, 9, 5], [28, 1], [4, 8, 8, 8, 1], [29]])
 def test_pieces_with_carried_state_equal_one_call(kind, size, sinks, heads, pieces, linear):
-    if not linear and size == 0:
-        pytest.skip("no window and no linear branch is not a method")
     x = {n: None if t is None else t.detach() for n, t in draw(29, heads=heads, linear=linear).items()}
     start = torch.tensor([[0] * 29, [6] * 29])  # the second row is left-padded
     want = linear_attention(**x, **options(kind, size, sinks), start=start).output
@@ -138,3 +136,23 @@ def test_memory_of_forward_and_backward_grows_linearly():
         return total
 
     assert saved_elements(1024) < 2.2 * saved_elements(512)
+
+
+@pytest.mark.parametrize("reference", ["absolute", "window_max"])
+@pytest.mark.parametrize("where", STARTS)
+def test_weight_loss_equals_the_cross_entropy_of_whole_attention_rows(where, reference):
+    T = 37
+    x = draw(T, heads=H)
+    start = STARTS[where](T)
+    settings = options("block", 4, 2, reference)
+    got = attention_weight_loss(**{n: t for n, t in x.items() if n != "v"}, **settings, start=None if where == "none" else start, chunk_size=8)
+    rows = {n: t for n, t in x.items() if n != "v"}
+    identity = torch.eye(T, dtype=torch.float64)[None, :, None].expand(B, T, G, T)  # with v = I the output is the attention weights
+    student = oracle(v=identity, **rows, **settings, start=start)
+    everything = oracle(v=identity, **rows, **(settings | {"window_size": 1000, "window_kind": "sliding"}), start=start).detach()
+    valid = start <= torch.arange(T)
+    want = -(everything * torch.log(student.clamp_min(1e-300))).sum(-1)[valid].sum() / (valid.sum() * H)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+    names = [n for n in rows if n not in ("q", "k")]  # the teacher's weights are a target: q and k differ by that path
+    for a, b in zip(torch.autograd.grad(got, [x[n] for n in names]), torch.autograd.grad(want, [x[n] for n in names]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)

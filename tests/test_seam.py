@@ -125,10 +125,10 @@ def test_teacher_mode_and_restored_layers_equal_the_stock_model(teacher):
         assert (student(ids, use_cache=False).logits - want).abs().max() < TOLERANCE
 
 
-HEDGEHOG = {"window": {"kind": "block", "size": 4}, "sinks": 2, "linear": True, "feature_dim": None, "key_map": "per_kv_head", "softmax_weight": 0.1}
+HEDGEHOG = {"window": {"kind": "block", "size": 4}, "sinks": 2, "linear": True, "feature_dim": None, "key_map": "per_kv_head", "reference": "absolute", "gates": True, "softmax_weight": 0.1}
 
 
-@pytest.mark.parametrize("change", [{}, {"window": {"kind": "sliding", "size": 4}}, {"window": {"kind": "block", "size": 0}, "sinks": 0}, {"key_map": "per_query_head"}, {"linear": False}])
+@pytest.mark.parametrize("change", [{}, {"window": {"kind": "sliding", "size": 4}}, {"window": {"kind": "block", "size": 0}, "sinks": 0}, {"key_map": "per_query_head", "reference": "window_max", "gates": False}, {"linear": False}])
 def test_hedgehog_cached_steps_equal_one_forward(teacher, change):
     student = convert(teacher, method="hedgehog", config=HEDGEHOG | change)
     ids, mask = batch()

@@ -139,7 +139,11 @@ def logits_of(model: LlamaForCausalLM, ids_BT: Tensor, mask: BlockMask | Tensor 
     config = model.config
     rows, length = ids_BT.shape
     heads, head_dim = config.num_attention_heads, config.head_dim
-    cos, sin = rotary(length, head_dim, config.rope_parameters["rope_theta"], ids_BT.device)
+    assert head_dim is not None
+    assert isinstance(config.rope_parameters, dict)
+    theta = config.rope_parameters["rope_theta"]
+    assert theta is not None
+    cos, sin = rotary(length, head_dim, theta, ids_BT.device)
     hidden_BTE = model.model.embed_tokens(ids_BT)
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -211,7 +215,7 @@ class RowSampler:
     @property
     def epochs(self) -> float:
         """Passes over the natural text so far."""
-        return self.natural_rows_drawn * self.length / len(self.tokens)
+        return float(self.natural_rows_drawn * self.length / len(self.tokens))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -241,7 +245,7 @@ def heldout_rows(tokenizer: PreTrainedTokenizerBase, path: Path, length: int, ma
 def heldout_nats(model: LlamaForCausalLM, rows_NT: Tensor, eos_token_id: int) -> tuple[float, int]:
     """Summed cross-entropy in nats over held-out rows, and the number of scored tokens. Attention stays inside each document."""
     total, count = 0.0, 0
-    for row in rows_NT.split(4):
+    for row in torch.split(rows_NT, 4):
         ids = row.to(model.device)
         targets = targets_of(ids, eos_token_id)
         logits = logits_of(model, ids, dense_mask(document_ids(ids, eos_token_id)))
@@ -251,7 +255,9 @@ def heldout_nats(model: LlamaForCausalLM, rows_NT: Tensor, eos_token_id: int) ->
 
 
 @torch.no_grad()
-def passkey_recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, filler: Tensor, templates: dict[str, Any], *, distance: int, trials: int, seed: int) -> dict[str, float]:
+def passkey_recall(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, filler: Tensor, templates: dict[str, Any], *, distance: int, trials: int, seed: int
+) -> dict[str, float]:
     """Rank of the right pass key among ten by log-probability, `distance` filler tokens after it was stated.
 
     Returns:
@@ -298,6 +304,7 @@ def train(model: LlamaForCausalLM, sampler: RowSampler, args: argparse.Namespace
     device = model.device
     on_gpu = device.type == "cuda"
     eos = model.config.eos_token_id
+    assert isinstance(eos, int)
     attention: AttentionKind = args.attention or ("flex" if on_gpu else "dense")
     masks: dict[str, Callable[[Tensor], BlockMask | Tensor | None]] = {"flex": flex_mask, "dense": dense_mask, "causal": lambda documents: None}
     make_mask, loss_function = masks[attention], mean_loss
@@ -324,7 +331,7 @@ def train(model: LlamaForCausalLM, sampler: RowSampler, args: argparse.Namespace
         mask = make_mask(document_ids(ids, eos))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_gpu):
             loss = loss_function(model, ids, targets_of(ids, eos), mask)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -340,12 +347,19 @@ def train(model: LlamaForCausalLM, sampler: RowSampler, args: argparse.Namespace
             if not math.isfinite(mean):
                 raise RuntimeError(f"the loss is {mean} at step {step}; lower --lr")
             speed = (step - settled_step) * ids.numel() / max(time.monotonic() - settled, 1e-9)
-            curve.append({"step": step, "tokens": step * ids.numel(), "loss": round(mean, 4), "lr": round(rate, 7), "seconds": round(time.monotonic() - begun, 1)})
-            print(f"step {step}  loss {mean:.4f}  lr {rate:.2e}  {speed:,.0f} tokens/s  {100 * progress:.0f} %  compile {settled - begun:.0f} s", file=sys.stderr, flush=True)
+            curve.append(
+                {"step": step, "tokens": step * ids.numel(), "loss": round(mean, 4), "lr": round(rate, 7), "seconds": round(time.monotonic() - begun, 1)}
+            )
+            print(
+                f"step {step}  loss {mean:.4f}  lr {rate:.2e}  {speed:,.0f} tokens/s  {100 * progress:.0f} %  compile {settled - begun:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     seconds = time.monotonic() - begun
     tokens = step * args.batch_size * sampler.length
     return {
         "attention": attention,
+        "precision": "bf16 autocast" if on_gpu else "fp32",
         "steps": step,
         "tokens": tokens,
         "epochs": round(sampler.epochs, 2),
@@ -363,7 +377,8 @@ def save(model: LlamaForCausalLM, data: Path, out: Path) -> None:
         parameter.data = parameter.data.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     config = model.config
-    model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig.from_dict(ids)
     model.save_pretrained(out)
     for name in TOKENIZER_FILES:
         if (data / name).exists():
@@ -375,8 +390,11 @@ def save(model: LlamaForCausalLM, data: Path, out: Path) -> None:
 def evaluate(out: Path, data: Path, corpus: dict[str, Any], tokens: np.ndarray, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Measure the saved checkpoint: held-out perplexity, bits per byte, a unigram model's perplexity, pass-key recall."""
     tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
-    model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).to(device).eval()
+    model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
+    nn.Module.to(model, device)
+    nn.Module.eval(model)
     eos = model.config.eos_token_id
+    assert isinstance(eos, int)
     rows, num_bytes = heldout_rows(tokenizer, data / "heldout.jsonl", corpus["row_length"], args.eval_tokens)
     nats, count = heldout_nats(model, rows, eos)
     filler = rows.flatten()
@@ -397,18 +415,22 @@ def evaluate(out: Path, data: Path, corpus: dict[str, Any], tokens: np.ndarray, 
 
 def card(record: dict[str, Any], corpus: dict[str, Any], config: LlamaConfig) -> str:
     """The model card, Hub style. Every figure comes from `record` (training.json) or `corpus` (corpus.json)."""
-    facts = record["result"]
-    sources = "\n".join(
-        f"| {name} | {s['package']} | {s['licence']} | {s['documents']} | {s['tokens'] / 1e6:.2f} | {s['shipped_train_bytes'] / 1000:.0f} | {s['shipped_heldout_bytes'] / 1000:.0f} |"
-        for name, s in corpus["sources"].items()
-    )
-    passkey = "\n".join(f"| {distance} | {r['accuracy']:.2f} | {r['mean_rank']:.2f} | {r['greedy']:.2f} |" for distance, r in facts["passkey"].items())
-    recall = (
-        f"Pass-key recall: the rank of the right five-digit key among ten by log-probability, {record['passkey_trials']} prompts a row, filler from the held-out text\n"
-        f"(chance: .10 and 5.5).\n\n| tokens between key and question | rank 1 | mean rank | every digit greedy |\n|---|---|---|---|\n{passkey}\n"
-        if passkey
-        else "Pass-key recall was not measured in this run.\n"
-    )
+    facts, steps, seconds = record["result"], record["steps"], record["seconds"]
+    text_tokens, recall_tokens, share = corpus["tokens"] / 1e6, corpus["recall_tokens"] / 1e6, 100 * record["recall_share"]
+    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+    sources = ""
+    for name, s in corpus["sources"].items():
+        shipped = f"{s['shipped_train_bytes'] / 1000:.0f} | {s['shipped_heldout_bytes'] / 1000:.0f}"
+        sources += f"| {name} | {s['package']} | {s['licence']} | {s['documents']} | {s['tokens'] / 1e6:.2f} | {shipped} |\n"
+    recall = "Pass-key recall was not measured in this run.\n"
+    if facts["passkey"]:
+        recall = (
+            "Pass-key recall: the rank of the right five-digit key among ten by log-probability (chance: .10 and 5.5),\n"
+            f"{record['passkey_trials']} prompts a row, filler from the held-out text.\n\n"
+            "| tokens between key and question | rank 1 | mean rank | every digit greedy |\n|---|---|---|---|\n"
+        )
+        for distance, measured in facts["passkey"].items():
+            recall += f"| {distance} | {measured['accuracy']:.2f} | {measured['mean_rank']:.2f} | {measured['greedy']:.2f} |\n"
     documents = {"flex": "inside each document", "dense": "inside each document", "causal": "causal over whole rows"}[record["attention"]]
     return f"""---
 license: apache-2.0
@@ -430,31 +452,37 @@ model-index:
 
 # attnconvert-demo
 
-The model inside the `attnconvert` package: {record["parameters"] / 1e6:.2f} M parameters of the Llama architecture ({config.num_hidden_layers} layers, hidden size {config.hidden_size},
-{config.num_attention_heads} heads of {config.head_dim}, tied embeddings, {config.max_position_embeddings} positions), with a byte-level BPE tokenizer of {config.vocab_size} entries in which every
-digit is a token. It exists so that an attention conversion can be tried and tested in minutes on a CPU. It is pretrained on real text and
-can look things up in its context, which is what a cheaper attention is at risk of losing; it knows little and is no use as an assistant.
+The model inside the `attnconvert` package: {record["parameters"] / 1e6:.2f} M parameters of the Llama architecture
+({config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads of {config.head_dim}, tied embeddings,
+{config.max_position_embeddings} positions), with a byte-level BPE tokenizer of {config.vocab_size} entries in which every digit is a token.
+It exists so that an attention conversion can be tried and tested in minutes on a CPU. It is pretrained on real text, and on synthetic
+documents that ask for what was said earlier, because looking things up is what a cheaper attention is at risk of losing. It knows little
+and is no use as an assistant.
 
 ## Measured
-Held-out perplexity **{facts["ppl"]}** per token, {facts["bits_per_byte"]} bits per byte ({facts["heldout_tokens"]} tokens of `heldout.jsonl.gz`; a unigram model has {facts["unigram_ppl"]}).
+Held-out perplexity **{facts["ppl"]}** per token, {facts["bits_per_byte"]} bits per byte
+({facts["heldout_tokens"]} tokens of `heldout.jsonl.gz`; a unigram model has {facts["unigram_ppl"]}).
+
 {recall}
 ## Training
 ```
 {record["command"]}
 ```
-{record["device"]}, {record["date"]}, {", ".join(f"{k} {v}" for k, v in record["versions"].items())}. {record["tokens"] / 1e6:.1f} M tokens in {record["steps"]} steps of {record["batch_size"]} x {corpus["row_length"]}, {record["seconds"]:.0f} s:
-{record["epochs"]} passes over {corpus["tokens"] / 1e6:.1f} M tokens of text, and {100 * record["recall_share"]:g} % synthetic rows ({corpus["recall_tokens"] / 1e6:.1f} M tokens, pass keys hidden in
-filler and key-value lists) that teach in-context retrieval. AdamW (peak {record["lr"]:g}, {record["warmup_steps"]} warm-up steps, then linearly to 0; betas 0.9/0.95,
-weight decay {record["weight_decay"]:g} on matrices, clip 1.0), bf16 autocast, attention {documents}. The schedule follows the clock, so a repetition
-gives an equivalent model, not the same bits. Curve and settings: `training.json`. Held-out documents share no document with the training text.
+{record["device"]}, {record["date"]}, {versions}.
+{record["tokens"] / 1e6:.1f} M tokens in {steps} steps of {record["batch_size"]} x {corpus["row_length"]}, {seconds:.0f} s:
+{record["epochs"]} passes over {text_tokens:.1f} M tokens of text, and {share:g} % synthetic rows ({recall_tokens:.1f} M tokens, pass keys hidden in
+filler and key-value lists) that teach in-context retrieval. AdamW (peak {record["lr"]:g}, {record["warmup_steps"]} warm-up steps, then linearly to 0;
+betas 0.9/0.95, weight decay {record["weight_decay"]:g} on matrices, clip 1.0), {record["precision"]}, attention {documents}.
+The schedule follows the clock, so a repetition gives an equivalent model, not the same bits. Curve and settings: `training.json`.
+No held-out document is in the training text.
 
 ## Data
-`package` is the software package the text was taken from. "Shipped" are the excerpts (kB) in `train.jsonl.gz` and `heldout.jsonl.gz`; see NOTICE for the notices.
+`package` is the software package the text was taken from. "Shipped" are the excerpts (kB) in `train.jsonl.gz` and `heldout.jsonl.gz`.
+The notices of the sources are in NOTICE.
 
 | source | package | licence | documents | M tokens | shipped train | shipped held-out |
 |---|---|---|---|---|---|---|
-{sources}
-"""
+{sources}"""
 
 
 def command_line(args: argparse.Namespace) -> str:
@@ -499,8 +527,10 @@ def main() -> None:
     corpus = json.loads((args.data / "corpus.json").read_text(encoding="utf-8"))
     tokens, recall = np.load(args.data / "tokens.npy"), np.load(args.data / "recall.npy")
     tokenizer = AutoTokenizer.from_pretrained(args.data, trust_remote_code=False)
-    assert tokenizer.eos_token_id is not None and tokenizer.pad_token_id is not None
-    model = new_model(demo_config(corpus["vocab_size"], tokenizer.eos_token_id, tokenizer.pad_token_id), args.seed).to(device)
+    assert tokenizer.eos_token_id is not None
+    assert tokenizer.pad_token_id is not None
+    model = new_model(demo_config(corpus["vocab_size"], tokenizer.eos_token_id, tokenizer.pad_token_id), args.seed)
+    nn.Module.to(model, device)
     parameters = sum(p.numel() for p in model.parameters())
     sampler = RowSampler(tokens, recall, batch_size=args.batch_size, recall_share=args.recall_share, seed=args.seed, device=device)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,21 +148,17 @@ def write_report(report: EvalReport, conversion: Mapping[str, Any], directory: P
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="\n", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # The temporary file is private (0600); a checkpoint is read by others as the umask allows.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        # The reason to report is the first one, whatever else fails while tidying up.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise AttnConvertError(
             "cannot-write", f"cannot write '{path.name}': {error.strerror or error}", where=str(path.parent), hint="Check that the folder exists and has space."
         ) from error
@@ -199,7 +195,8 @@ def _summary(report: EvalReport, conversion: Mapping[str, Any]) -> str:
             f"(x {_number(student.ppl_ratio.value, 3)})."
         )
         lines.append(
-            f"- It picks the original's most likely next token at **{_percent(student.agreement.value)}** of positions; KL {_number(student.kl.value, 3)} nats/token."
+            f"- It picks the original's most likely next token at **{_percent(student.agreement.value)}** of positions; "
+            f"KL {_number(student.kl.value, 3)} nats/token."
         )
     else:
         lines.append(f"- On held-out text its perplexity is **{_number(student.ppl.value, 2)}** (the original was not measured).")
@@ -311,7 +308,7 @@ def _passkey_section(report: EvalReport) -> str:
     cells = [
         (
             str(length),
-            *(f"{by_name[name].accuracy:.2f} [{by_name[name].ci95[0]:.2f}, {by_name[name].ci95[1]:.2f}]" for name in names),
+            *(_recall(by_name[name]) for name in names),
             _distance(by_name[names[0]]),
         )
         for length, by_name in by_length
@@ -330,6 +327,10 @@ def _passkey_section(report: EvalReport) -> str:
         _table(("tokens", *names), more),
     ]
     return "\n\n".join([*parts, notes] if notes else parts)
+
+
+def _recall(row: PasskeyResult) -> str:
+    return f"{row.accuracy:.2f} [{row.ci95[0]:.2f}, {row.ci95[1]:.2f}]"
 
 
 def _thirds(row: PasskeyResult) -> str:

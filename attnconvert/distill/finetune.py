@@ -65,7 +65,8 @@ def run_finetune(model: peft.PeftModel, cores: Mapping[int, Core], rows: PackedR
     for p in trained:
         p.requires_grad_(True)
 
-    head = logit_head(base, rows.input_ids[:1, :16].to(run.device, torch.int64))
+    with autocast(run):
+        head = logit_head(base, rows.input_ids[:1, :16].to(run.device, torch.int64))
     vocab_size = cast(Any, base).get_output_embeddings().weight.shape[0]
     chunk_size = max(16, _CHUNK_ELEMENTS // vocab_size)
     micro = config.micro_batch_size or config.batch_size
@@ -104,8 +105,11 @@ def run_finetune(model: peft.PeftModel, cores: Mapping[int, Core], rows: PackedR
         metrics = {"loss": config.kl * kl + config.ce * ce, "grad_norm": norm, "ce": ce}
         return metrics | ({"kl": kl} if config.kl > 0 else {})
 
-    with _gradient_checkpointing(base, run.gradient_checkpointing):
-        return train("finetune", groups, compute, layers=[], config=config, rows=rows, run=run)
+    try:
+        with _gradient_checkpointing(base, run.gradient_checkpointing):
+            return train("finetune", groups, compute, layers=[], config=config, rows=rows, run=run)
+    finally:
+        base.eval()  # the adapters' dropout too: whoever evaluates next must not have to know about it
 
 
 @contextmanager

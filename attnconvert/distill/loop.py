@@ -156,12 +156,8 @@ def lr_factor(step: int, num_steps: int, warmup_steps: int, final_lr_ratio: floa
 
 
 def autocast(run: RunContext) -> torch.autocast:
-    """The autocast context of a forward pass.
-
-    The weight cache is off: it would hand a copy made under no_grad (the teacher's pass) to the student, whose parameters would then
-    silently get no gradient. Frozen weights are never cached anyway.
-    """
-    return torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.precision == "bf16", cache_enabled=False)
+    """The autocast context of one forward pass."""
+    return torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.precision == "bf16")
 
 
 def skip_stage(stage: Stage, reason: str, run: RunContext) -> StageResult:

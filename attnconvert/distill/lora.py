@@ -134,7 +134,7 @@ def merge_lora(model: peft.PeftModel) -> nn.Module:
         base.weight.data = base.weight.data.float()
         layer.merge(safe_merge=True)
         base.weight.data = base.weight.data.to(dtype)
-    merged: nn.Module = model.merge_and_unload()  # already merged layer by layer: this only takes the wrappers off
+    merged: nn.Module = model.unload()  # takes the wrappers off; the merged weights stay
     return merged
 
 

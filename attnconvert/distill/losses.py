@@ -179,10 +179,10 @@ def logit_head(model: nn.Module, input_ids: Tensor) -> Head:
 
     Args:
         model: a transformers causal LM.
-        input_ids: int64 [B, T] sample for the check; a dozen tokens are enough.
+        input_ids: int64 [B, T] sample for the check; a dozen tokens are enough. The check runs in the caller's autocast context.
 
     Raises:
-        AttnConvertError: `no-lm-head` or `unknown-logit-head`.
+        AttnConvertError: `no-base-model`, `no-lm-head` or `unknown-logit-head`.
     """
     projection = cast(_CausalLM, model).get_output_embeddings()
     if projection is None:
@@ -207,10 +207,10 @@ def logit_head(model: nn.Module, input_ids: Tensor) -> Head:
         return logits
 
     with torch.no_grad():
-        ours = _at_least_fp32(head(hidden_states(model, input_ids)))
-        theirs = _at_least_fp32(model(input_ids=input_ids, use_cache=False).logits)
-    # The same operations in the same order: only the kernels chosen for another shape may round differently.
-    resolution = 1e-5 if next(projection.parameters()).dtype in (torch.float32, torch.float64) else 2e-2
+        logits = head(hidden_states(model, input_ids))
+        ours, theirs = _at_least_fp32(logits), _at_least_fp32(model(input_ids=input_ids, use_cache=False).logits)
+    # The same operations in the same order; the slack is for a family that rounds to another dtype in between.
+    resolution = 2e-2 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-5
     same = ours.shape == theirs.shape
     error = (ours - theirs).abs().max().item() if same else float("nan")
     if not error <= resolution * theirs.abs().max().item():

@@ -173,7 +173,7 @@ def _finish_step(layers: list[_Layer], config: TransferConfig) -> dict[str, Tens
     assert all(isinstance(layer.loss, Tensor) for layer in layers), "a converted layer did not call its tap"
     raw = config.loss == "output" and not config.relative
     weight = 1000.0 / len(layers) if raw else 1.0
-    normalisers = torch.stack([torch.as_tensor(layer.normaliser) for layer in layers]).float().clamp_min(1e-30)
+    normalisers = torch.stack([torch.as_tensor(layer.normaliser) for layer in layers]).clamp_min(1e-30)
     losses = weight * torch.stack([torch.as_tensor(layer.loss) for layer in layers]) / normalisers
     norms = []
     for i, layer in enumerate(layers):

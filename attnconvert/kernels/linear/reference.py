@@ -11,10 +11,13 @@ One definition for training, prefill and decode. For query n of a document that 
           = max(0, (p // C - 1) * C)         block: own block and the one before, counted from the document's start
           = p + 1                            C = 0: no window
 
-    y_n = (sum_W exp(s_ni - c_n) v_i + e^l sum_P phi_q.phi_k v_i) / (sum_W exp(s_ni - c_n) + e^l sum_P phi_q.phi_k)
+    y_n = (sum_W exp(s_ni - c) v_i + e^l sum_P phi_q.phi_k v_i) / (sum_W exp(s_ni - c) + e^l sum_P phi_q.phi_k)
+    phi(x) = exp(x.u / sqrt(D)) max([softmax(xW), softmax(-xW)], 1e-12)
 
-c_n = max over W_n of the logits s_ni is part of the model, not only a stabiliser (gradients flow through it); l is the linear branch's
-log weight (LoLCATs: l = -log gamma). Keys outside the tile's M are held in a running state (kv, z), always fp32: a bf16
+`reference` says what c is. `absolute`: c = 0, so phi_q.phi_k stands for exp(s_ni) itself, whatever is in the window. `window_max`
+(LoLCATs): c = c_n, the maximum of s_ni over W_n; it is part of the model, not only a stabiliser, and gradients flow through it.
+l is the linear branch's log weight per head (LoLCATs: -log gamma); u is an optional gate per head that lets phi change its norm,
+without which every key weighs about the same. Keys outside the tile's M are held in a running state (kv, z), always fp32: a bf16
 normaliser stops growing after 256 equal steps.
 
 Queries are cut into tiles of C. A tile looks at its own keys and nb chunks before; older keys of its document are in the state.
@@ -31,6 +34,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 FEATURE_FLOOR = 1e-12  # LoLCATs' clamp; keeps the denominator positive
+GATE_LIMIT = 12.0  # e^12: a gate can single out a key among 100 000, and the fp32 state cannot overflow
 PURE_TILE = 64  # tile size when there is no window
 
 
@@ -68,18 +72,24 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def feature_map(x: Tensor, weight: Tensor) -> Tensor:
-    """Hedgehog features phi(x) = max([softmax(xW), softmax(-xW)], 1e-12), softmax over each half separately.
+def feature_map(x: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Hedgehog features phi(x) = exp(x.u / sqrt(D)) max([softmax(xW), softmax(-xW)], 1e-12), softmax over each half separately.
 
     Args:
         x: [B, heads, T, D].
-        weight: [heads, D, F/2].
+        weight: W, [heads, D, F/2].
+        gate: u, [heads, D]; None = no gate. The exponent is held within +-GATE_LIMIT.
 
     Returns:
         [B, heads, T, F] fp32.
     """
-    y = _wide(x) @ _wide(weight).to(_wide(x).dtype)
-    return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp_min(FEATURE_FLOOR)
+    x = _wide(x)
+    y = x @ weight.to(x.dtype)
+    features = torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp_min(FEATURE_FLOOR)
+    if gate is None:
+        return features
+    exponent = (x * gate.to(x.dtype)[:, None]).sum(-1, keepdim=True) * x.shape[-1] ** -0.5
+    return features * torch.exp(exponent.clamp(-GATE_LIMIT, GATE_LIMIT))
 
 
 def window_start(position: Tensor, window_size: int, kind: str) -> Tensor:
@@ -134,6 +144,9 @@ def linear_attention(
     query_map: Tensor | None,
     key_map: Tensor | None,
     linear_log_weight: Tensor,
+    query_gate: Tensor | None = None,
+    key_gate: Tensor | None = None,
+    reference: str = "absolute",
     start: Tensor | None = None,
     initial_state: LinearState | None = None,
     output_final_state: bool = False,
@@ -146,6 +159,8 @@ def linear_attention(
         scale: factor on q.k in the softmax branch (the feature maps see q and k unscaled).
         query_map: [H, D, F/2]; None = no linear branch, keys outside window and sinks are dropped.
         key_map: [G, D, F/2] or [H, D, F/2].
+        query_gate: [H, D] or None. key_gate: as key_map's heads, [G or H, D], or None.
+        reference: `absolute` or `window_max`.
         linear_log_weight: l, broadcastable to [B, H, T] (a weight per head is [H, 1]).
         start: [B, T] int64, index of the first token of each token's document, in tokens of this call (negative: before it, only
             together with `initial_state`); must not decrease along T. A padding token before the document gets the document's
@@ -158,13 +173,13 @@ def linear_attention(
     """
     with torch.autocast(q.device.type, enabled=False):
         return _linear_attention(
-            q, k, v, window_size, window_kind, num_sinks, scale, query_map, key_map, linear_log_weight, start, initial_state, output_final_state
+            q, k, v, window_size, window_kind, num_sinks, scale, query_map, key_map, linear_log_weight, query_gate, key_gate, reference, start, initial_state, output_final_state
         )
 
 
 def _linear_attention(
     q: Tensor, k: Tensor, v: Tensor, window_size: int, kind: str, num_sinks: int, scale: float, query_map: Tensor | None, key_map: Tensor | None,
-    linear_log_weight: Tensor, start: Tensor | None, state: LinearState | None, output_final_state: bool,
+    linear_log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, reference: str, start: Tensor | None, state: LinearState | None, output_final_state: bool,
 ) -> LinearOutput:  # fmt: skip
     B, T, H, D = q.shape
     G, A = k.shape[2], num_sinks
@@ -247,6 +262,8 @@ def _linear_attention(
         sink_logits = (q_rows @ sink_keys.transpose(-1, -2)).masked_fill(~per_row(reach), float("-inf"))
         logits = torch.cat([sink_logits, logits], -1)
     row_max = logits.amax(-1, keepdim=True)
+    if reference == "absolute":
+        row_max = row_max.detach().clamp_min(0.0)  # only against overflow: cancels in the quotient
     row_max = torch.where(row_max == float("-inf"), torch.zeros_like(row_max), row_max)  # padding rows, and pure rows without sinks
     weights = torch.exp(logits - row_max)
     denominator = weights.sum(-1, keepdim=True)
@@ -258,8 +275,10 @@ def _linear_attention(
     final_kv = final_z = None
     if query_map is not None:
         assert key_map is not None
-        phi_q = grouped(feature_map(q_heads, query_map) * torch.exp(linear_log_weight.to(q_heads.dtype))[..., None])
-        phi_k = feature_map(keys, key_map)
+        phi_q = grouped(feature_map(q_heads, query_map, query_gate) * torch.exp(linear_log_weight.to(q_heads.dtype))[..., None])
+        if reference == "absolute":
+            phi_q = phi_q * torch.exp(-row_max)
+        phi_k = feature_map(keys, key_map, key_gate)
         index = torch.arange(P + N * C, device=device)
         chunk_last = starts.view(B, N + nb, C)[:, :, -1:]  # start of the document that covers each chunk's last key
         foldable = (index >= fold).view(B, N + nb, C) & (index.view(1, N + nb, C) >= chunk_last + A)
@@ -332,7 +351,7 @@ def _next_state(state: LinearState, k: Tensor, v: Tensor, doc: Tensor, kv: Tenso
 
 def attention_weight_loss(
     q: Tensor, k: Tensor, *, window_size: int, window_kind: str, num_sinks: int, scale: float, query_map: Tensor | None, key_map: Tensor | None, linear_log_weight: Tensor,
-    start: Tensor | None = None, chunk_size: int = 128,
+    query_gate: Tensor | None = None, key_gate: Tensor | None = None, reference: str = "absolute", start: Tensor | None = None, chunk_size: int = 128,
 ) -> Tensor:  # fmt: skip
     """Cross-entropy of the operator's attention weights against softmax attention's (Hedgehog, arXiv 2402.04347), without a T x T tensor.
 
@@ -350,8 +369,8 @@ def attention_weight_loss(
         start = torch.zeros(B, T, dtype=torch.int64, device=q.device) if start is None else start
         q_heads = _wide(q.transpose(1, 2))
         keys = _wide(k.transpose(1, 2))
-        phi_k = feature_map(keys.repeat_interleave(key_map.shape[0] // keys.shape[1], 1), key_map).repeat_interleave(H // key_map.shape[0], 1)
-        phi_q = feature_map(q_heads, query_map)
+        phi_k = feature_map(keys.repeat_interleave(key_map.shape[0] // keys.shape[1], 1), key_map, key_gate).repeat_interleave(H // key_map.shape[0], 1)
+        phi_q = feature_map(q_heads, query_map, query_gate)
         keys = keys.repeat_interleave(H // keys.shape[1], 1)
         log_weight = linear_log_weight.to(q_heads.dtype).expand(B, H, T)
         total = q_heads.new_zeros(())
@@ -360,15 +379,15 @@ def attention_weight_loss(
             stop = rows.stop
             total = total + torch.utils.checkpoint.checkpoint(
                 _weight_loss_chunk, q_heads[:, :, rows], keys[:, :, :stop], phi_q[:, :, rows], phi_k[:, :, :stop], log_weight[:, :, rows], start[:, rows], at, window_size, window_kind,
-                num_sinks, scale, use_reentrant=False,
+                num_sinks, scale, reference, use_reentrant=False,
             )  # fmt: skip
         num_valid = (start <= torch.arange(T, device=q.device)).sum()
         return total / (num_valid * H).clamp_min(1)
 
 
 def _weight_loss_chunk(
-    q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, log_weight: Tensor, start: Tensor, first_row: int, window_size: int, window_kind: str, num_sinks: int, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, log_weight: Tensor, start: Tensor, first_row: int, window_size: int, window_kind: str, num_sinks: int, scale: float, reference: str,
+) -> Tensor:  # fmt: skip
     """Sum of the cross-entropies of one query chunk. q [B, H, C, D], k [B, H, S, D], phi_* alike with F, log_weight [B, H, C], start [B, C]."""
     n = torch.arange(first_row, first_row + q.shape[2], device=q.device)
     i = torch.arange(k.shape[2], device=q.device)
@@ -379,10 +398,11 @@ def _weight_loss_chunk(
     visible = visible[:, None]
     logits = q @ k.transpose(-1, -2) * scale
     teacher = logits.detach().masked_fill(~visible, float("-inf")).softmax(-1)
-    row_max = logits.masked_fill(~exact, float("-inf")).amax(-1, keepdim=True)
-    row_max = torch.where(row_max == float("-inf"), torch.zeros_like(row_max), row_max)
+    if reference == "window_max":
+        row_max = logits.masked_fill(~exact, float("-inf")).amax(-1, keepdim=True)
+        logits = logits - torch.where(row_max == float("-inf"), torch.zeros_like(row_max), row_max)
     linear = torch.log(phi_q @ phi_k.transpose(-1, -2)) + log_weight[..., None]
-    log_p = torch.where(exact, logits - row_max, linear).masked_fill(~visible, float("-inf")).log_softmax(-1)
+    log_p = torch.where(exact, logits, linear).masked_fill(~visible, float("-inf")).log_softmax(-1)
     # padding rows see nothing: both softmaxes are NaN there and must not reach the sum
     real = visible.any(-1, keepdim=True) & visible
     return -(torch.where(real, teacher, 0) * torch.where(real, log_p, 0)).sum()

@@ -2,11 +2,12 @@
 
 For query n with softmax set W_n (window and sinks) and remainder P_n (all earlier keys of the same document):
 
-    y_n = (g sum_W exp(s_ni - c_n) v_i + sum_P phi_q(q_n).phi_k(k_i) v_i) / (g sum_W exp(s_ni - c_n) + sum_P phi_q(q_n).phi_k(k_i))
+    y_n = (sum_W exp(s_ni - c) v_i + e^l sum_P phi(q_n).phi(k_i) v_i) / (sum_W exp(s_ni - c) + e^l sum_P phi(q_n).phi(k_i))
 
-with s the softmax logits, c_n their maximum over W_n, g a learned weight per head, and
-phi(x) = max([softmax(xW), softmax(-xW)], 1e-12), W one matrix per query head (queries) and per KV head (keys).
-LoLCATs (https://arxiv.org/abs/2410.10254) is the same without sinks and with a key map per query head.
+with s the softmax logits, l a learned log weight per head, and phi(x) = exp(x.u / sqrt(D)) max([softmax(xW), softmax(-xW)], 1e-12): W one
+matrix per query head (queries) and per KV head (keys), u a gate vector alike. c = 0 (`reference: absolute`), or the row's maximum over
+W_n (`window_max`). LoLCATs (https://arxiv.org/abs/2410.10254) is `window_max` without sinks and gates, with a key map per query head.
+`absolute` with gates is our default because it was measured to be better: see docs/results.md.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ class HedgehogConfig(MethodConfig):
     linear: bool = Field(default=True, description="false = window and sinks alone, the honest baseline; keys outside are dropped")
     feature_dim: int | None = Field(default=None, ge=1, le=256, description="features per half of the map (the state has twice as many); null = head_dim")
     key_map: Literal["per_kv_head", "per_query_head"] = Field(default="per_kv_head", description="per_kv_head shares map and state inside a KV group; per_query_head is LoLCATs' layout, num_heads / num_kv_heads times the state")
-    softmax_weight: float = Field(default=0.1, gt=0, lt=1, description="initial g, the weight of the softmax branch (LoLCATs: 0.1)")
+    reference: Literal["absolute", "window_max"] = Field(
+        default="absolute", description="what the linear branch is weighed against: absolute = phi.phi stands for exp(logit) itself; window_max = it is scaled by the row's largest logit in the window (LoLCATs)"
+    )
+    gates: bool = Field(default=True, description="let the feature maps change their norm: exp(x.u) with a learned vector per head")
+    softmax_weight: float = Field(default=0.1, gt=0, lt=1, description="initial weight of the softmax branch against the linear one, e^-l (LoLCATs: 0.1)")
 
     @model_validator(mode="after")
     def _something_left(self) -> HedgehogConfig:
@@ -70,7 +75,7 @@ def cost(config: HedgehogConfig, site: Site, length: int, element_size: int) -> 
     if config.linear:
         state += state_heads * F * (D + 1) * 4
         flops += length * (2 * H * D * F // 2 + 2 * state_heads * D * F // 2 + 2 * H * F * D + 2 * state_heads * F * D)
-        parameters += (H + state_heads) * D * F // 2
+        parameters += (H + state_heads) * (D * F // 2 + D * config.gates)
     return LayerCost(state_bytes=state, flops=flops, num_parameters=parameters)
 
 
@@ -88,7 +93,7 @@ METHOD = Method(
         HedgehogConfig(window=WindowConfig(kind="block", size=8), sinks=2),
         HedgehogConfig(window=WindowConfig(kind="sliding", size=8), sinks=2),
         HedgehogConfig(window=WindowConfig(size=0), sinks=0, feature_dim=4),
-        HedgehogConfig(window=WindowConfig(kind="block", size=8), sinks=0, key_map="per_query_head"),
+        HedgehogConfig(window=WindowConfig(kind="block", size=8), sinks=0, key_map="per_query_head", reference="window_max", gates=False),
         HedgehogConfig(window=WindowConfig(kind="sliding", size=8), sinks=2, linear=False),
     ),
     exact=HedgehogConfig(window=WindowConfig(kind="sliding", size=4096), sinks=0),

@@ -24,28 +24,34 @@ class HedgehogAttention(AttentionCore):
     """See `attnconvert.kernels.linear.reference` for the maths.
 
     Parameters: query_map [H, D, F/2] and key_map [G or H, D, F/2], identity at the start (phi then follows the pretrained q and k);
-    linear_log_weight [H, 1], the log weight of the linear branch against the softmax branch (LoLCATs' -log gamma).
+    linear_log_weight [H, 1], the log weight of the linear branch against the softmax branch (LoLCATs' -log gamma);
+    with gates query_gate [H, D] and key_gate [G or H, D], zero at the start.
     """
 
     def __init__(
-        self, num_heads: int, num_key_value_heads: int, head_dim: int, window: dict[str, Any], sinks: int, linear: bool, feature_dim: int | None, key_map: str, softmax_weight: float
-    ):
+        self, num_heads: int, num_key_value_heads: int, head_dim: int, window: dict[str, Any], sinks: int, linear: bool, feature_dim: int | None, key_map: str, reference: str, gates: bool,
+        softmax_weight: float,
+    ):  # fmt: skip
         super().__init__()
         self.window_size, self.window_kind, self.num_sinks = int(window["size"]), str(window["kind"]), sinks
-        self.linear, self.linear_enabled = linear, True
+        self.linear, self.linear_enabled, self.gates, self.reference = linear, True, gates, reference
         if linear:
             key_heads = num_heads if key_map == "per_query_head" else num_key_value_heads
             eye = torch.eye(head_dim, feature_dim or head_dim, dtype=torch.float32)
             self.query_map = nn.Parameter(eye.repeat(num_heads, 1, 1))
             self.key_map = nn.Parameter(eye.repeat(key_heads, 1, 1))
             self.linear_log_weight = nn.Parameter(torch.full((num_heads, 1), -math.log(softmax_weight), dtype=torch.float32))
+            if gates:
+                self.query_gate = nn.Parameter(torch.zeros(num_heads, head_dim, dtype=torch.float32))
+                self.key_gate = nn.Parameter(torch.zeros(key_heads, head_dim, dtype=torch.float32))
 
     def _options(self, scaling: float) -> dict[str, Any]:
         on = self.linear and self.linear_enabled
         return {
             "window_size": self.window_size, "window_kind": self.window_kind, "num_sinks": self.num_sinks, "scale": scaling,
             "query_map": self.query_map if on else None, "key_map": self.key_map if on else None,
-            "linear_log_weight": self.linear_log_weight if on else torch.zeros(1, 1),
+            "linear_log_weight": self.linear_log_weight if on else torch.zeros(1, 1), "reference": self.reference,
+            "query_gate": self.query_gate if on and self.gates else None, "key_gate": self.key_gate if on and self.gates else None,
         }  # fmt: skip
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> Tensor:
