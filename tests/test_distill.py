@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -188,7 +189,7 @@ class TestSchedule:
         assert factors[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
         assert factors[10] == pytest.approx(1.0)
         assert factors[-1] == pytest.approx(0.02)
-        assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+        assert all(a > b for a, b in itertools.pairwise(factors[10:]))
 
     @pytest.mark.parametrize("num_steps", [1, 2, 3, 5])
     def test_stage_shorter_than_its_warm_up_still_reaches_the_peak(self, num_steps: int) -> None:
@@ -490,11 +491,10 @@ class TestLoop:
                     cores[1].wq.fill_(float("nan"))
 
         context = RunContext(tmp_path, checkpoint_every=2, progress=Recorder(poison))
+        run: Any = run_transfer if stage == "transfer" else run_finetune
+        config = transfer_config() if stage == "transfer" else finetune_config()
         with pytest.raises(AttnConvertError) as caught:
-            if stage == "transfer":
-                run_transfer(model, cores, make_rows(), transfer_config(), context)
-            else:
-                run_finetune(model, cores, make_rows(), finetune_config(), context)
+            run(model, cores, make_rows(), config, context)
         assert caught.value.code == "non-finite-loss"
         assert f"stage {stage}, step 4 of 7" in str(caught.value)
         assert ("layer 1" in str(caught.value)) is (stage == "transfer")

@@ -209,7 +209,7 @@ def _summary(report: EvalReport, conversion: Mapping[str, Any]) -> str:
         if state.teacher is None:
             lines.append(f"- After {state.length} tokens its decode cache holds {format_bytes(state.student)}.")
         else:
-            share = f"{state.student / state.teacher:.1%}"
+            share = _percent(state.student / state.teacher)
             lines.append(
                 f"- After {state.length} tokens its decode cache holds **{format_bytes(state.student)}** instead of {format_bytes(state.teacher)} ({share})."
             )
