@@ -603,3 +603,15 @@ def test_missing_reader_package_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     error = error_of(lambda: load(path))
     assert error.code == "missing-package"
     assert "pip install pyarrow" in error.render()
+
+
+def test_aligned_documents_start_at_multiples_and_keep_their_end(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(f"w{i % 50}" for i in range(n))}) + "\n" for n in range(20, 400, 7)))
+    data = load_data(DataConfig(source=str(path), align=16), tokenizer, length=64, num_train_tokens=2000, num_eval_tokens=128, eval_length=64)
+    starts = (data.train.position_ids == 0).nonzero()[:, 1]
+    assert len(set(starts.tolist())) > 2
+    assert (starts % 16 == 0).all()
+    with pytest.raises(AttnConvertError, match="not a multiple of data.align"):
+        load_data(DataConfig(source=str(path), align=48), tokenizer, length=64, num_train_tokens=2000, num_eval_tokens=128, eval_length=64)

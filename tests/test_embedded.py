@@ -102,8 +102,8 @@ def test_heldout_perplexity_is_what_the_card_says_and_far_below_a_unigram_model(
     assert scored > 3000
     assert perplexity < 40
     assert perplexity < unigram_perplexity / 10
-    # Shorter contexts and a part of the documents: the card's figure must be near, not equal.
-    assert abs(math.log(perplexity / training["result"]["ppl"])) < 0.25
+    # The first 1024 tokens of an eighth of the documents: the card's figure (all of them) must be near, not equal.
+    assert abs(math.log(perplexity / training["result"]["ppl"])) < 0.5
 
 
 def test_model_recalls_a_pass_key_across_1024_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, trainer: ModuleType) -> None:

@@ -68,6 +68,15 @@ def test_output_and_gradients_equal_the_quadratic_definition(kind, size, sinks, 
 
 
 @pytest.mark.parametrize(("kind", "size", "sinks"), [k for k in KINDS if k[1]])
+def test_aligned_documents_need_fewer_keys_and_give_the_same_output(kind, size, sinks):
+    x = draw(37)
+    cuts = [n * size for n in (0, 1, 4)] if size < 10 else [0]
+    start = torch.tensor([max(c for c in cuts if c <= t) for t in range(37)]).expand(B, 37)
+    fast = linear_attention(**x, **options(kind, size, sinks), start=start, aligned=True).output
+    torch.testing.assert_close(fast, oracle(**x, **options(kind, size, sinks), start=start), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("kind", "size", "sinks"), [k for k in KINDS if k[1]])
 def test_without_linear_branch_only_window_and_sinks_are_seen(kind, size, sinks):
     x = draw(37, linear=False)
     start = STARTS["packed"](37)

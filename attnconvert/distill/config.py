@@ -101,11 +101,14 @@ class FinetuneConfig(OptimizerConfig):
 class DataConfig(StageConfig):
     """Where the text comes from. Train and eval never share a document (split by content hash)."""
 
-    source: str = Field(default="embedded", description="`embedded` (about 1 MB of text inside the package), a .txt/.jsonl/.parquet file or a folder of them, or a `datasets` id such as user/name (streamed)")
+    source: str = Field(default="embedded", description="`embedded` (about 1 MB of text inside the package), a .txt/.jsonl/.jsonl.gz/.parquet file or a folder of them (other files in it are ignored), or a `datasets` id such as user/name (streamed)")
     subset: str | None = Field(default=None, description="configuration name of a `datasets` id")
     split: str = Field(default="train", description="split of a `datasets` id")
     revision: str | None = Field(default=None, description="revision of a `datasets` id")
     text_field: str = Field(default="text", description="the column that holds the text (.jsonl, .parquet, datasets)")
+    align: int = Field(
+        default=1, ge=1, description="cut training documents to a multiple of this many tokens (shorter ones are dropped): packed documents then start where window blocks and kernel tiles do, which halves the work of a layer; 1 = keep every token"
+    )
     eval_source: str | None = Field(default=None, description="held-out text, same forms as source; null = documents of source whose hash falls into eval_fraction")
     eval_fraction: float = Field(default=0.05, gt=0, lt=0.9, description="share of the documents of source held out when eval_source is null")
 

@@ -204,8 +204,12 @@ def load_data(
             data-hub-config, data-hub-failed, missing-package.
     """
     assert min(length, eval_length) >= 2, "a row has a next token"
+    if length % config.align:
+        raise AttnConvertError(
+            "data-align", f"training rows of {length} tokens are not a multiple of data.align ({config.align})", expected=f"a length such as {-(-length // config.align) * config.align}, or data.align: 1"
+        )
     assert min(num_train_tokens, num_eval_tokens) >= 0, "budgets are checked by the recipe"
-    train, held_out = _Packer(tokenizer, length, num_train_tokens), _Packer(tokenizer, eval_length, num_eval_tokens)
+    train, held_out = _Packer(tokenizer, length, num_train_tokens, config.align), _Packer(tokenizer, eval_length, num_eval_tokens)
     if progress is not None:
         train.on_tokens = held_out.on_tokens = _progress_of((train, held_out), progress)
 
@@ -244,10 +248,12 @@ class _Packer:
         tokenizer: as for `load_data`.
         length: tokens of a row.
         num_tokens: wanted; rounded up to whole rows.
+        align: documents lose their first tokens until their length is a multiple of this (those shorter vanish), so that all of them start
+            at a multiple of it inside a row.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, num_tokens: int):
-        self.tokenizer, self.length = tokenizer, length
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, num_tokens: int, align: int = 1):
+        self.tokenizer, self.length, self.align = tokenizer, length, align
         self.wanted = -(-num_tokens // length) * length
         self.on_tokens: Callable[[], None] | None = None
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
@@ -283,7 +289,8 @@ class _Packer:
         # verbose=False: a document longer than the model's context is expected here, no warning.
         encoded = self.tokenizer(self._pending, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         for ids in encoded:
-            self._documents.append(np.asarray([*ids, *self._end], dtype=np.int32))
+            document = np.asarray([*ids, *self._end], dtype=np.int32)
+            self._documents.append(document[len(document) % self.align :])
             self.count += len(self._documents[-1])
         self.seen_bytes += self._pending_bytes
         self._pending, self._pending_bytes = [], 0

@@ -6,15 +6,25 @@ The teacher is the same set of weights with the adapters off and every core in t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from attnconvert.distill.data import IGNORE_INDEX, epoch_indices
-from attnconvert.distill.loop import Core, ParamGroup, RunContext, StageResult, autocast, skip_stage, train
+from attnconvert.distill.loop import (
+    Core,
+    ParamGroup,
+    RunContext,
+    StageResult,
+    autocast,
+    skip_stage,
+    train,
+)
 from attnconvert.distill.lora import adapters_off, lora_layers
 from attnconvert.distill.losses import distillation_loss, hidden_states, logit_head
 
@@ -23,6 +33,8 @@ if TYPE_CHECKING:
 
     from attnconvert.distill.config import FinetuneConfig
     from attnconvert.distill.data import PackedRows
+
+_log = logging.getLogger(__name__)
 
 _CHUNK_ELEMENTS = 2**26
 """Logits held at once: 256 MiB per fp32 tensor, of which the loss needs about four."""
@@ -106,7 +118,7 @@ def run_finetune(model: peft.PeftModel, cores: Mapping[int, Core], rows: PackedR
         return metrics | ({"kl": kl} if config.kl > 0 else {})
 
     try:
-        with _gradient_checkpointing(base, run.gradient_checkpointing):
+        with _gradient_checkpointing(base, run.gradient_checkpointing), _compiled_layers(base, run):
             return train("finetune", groups, compute, layers=[], config=config, rows=rows, run=run)
     finally:
         base.eval()  # the adapters' dropout too: whoever evaluates next must not have to know about it
@@ -154,3 +166,24 @@ def _gradient_checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
             lm.activation_checkpointing_disable()
         else:
             lm.gradient_checkpointing_disable()
+
+
+@contextmanager
+def _compiled_layers(model: nn.Module, run: RunContext) -> Iterator[None]:
+    """Inside, decoder layers run compiled when `run.compile` says so (CUDA only). Equal layers share their graphs: one for the student, one for the teacher."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not run.compile or run.device.type != "cuda" or not layers:
+        if run.compile:
+            _log.warning("compile was asked for, but the device is %s: layers run uncompiled", run.device.type)
+        yield
+        return
+    lm: Any = model
+    lm.static_starts = True
+    for layer in layers:
+        layer.compile(dynamic=False)
+    try:
+        yield
+    finally:
+        lm.static_starts = False
+        for layer in layers:
+            layer._compiled_call_impl = None

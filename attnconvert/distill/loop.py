@@ -76,7 +76,7 @@ class RunContext:
         seed: of the row order, the adapter initialisation and dropout.
         device: where the model already is.
         precision: bf16 = autocast; trained parameters and their optimizer state are fp32 either way.
-        compile: compile the core's forward and backward in the transfer stage (CUDA only).
+        compile: compile decoder layers in the finetuning stage, and the cores in the transfer stage (CUDA only).
         gradient_checkpointing: recompute each decoder layer in the backward pass of the finetuning stage.
         progress: receives every step's metrics.
         resume: continue from the checkpoint in run_dir, if there is one; False starts afresh and removes it.

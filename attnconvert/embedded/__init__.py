@@ -18,8 +18,8 @@ DEMO_OVERRIDES: tuple[str, ...] = (
     "stages.finetune.tokens=150k",
     "stages.finetune.length=512",
     "stages.finetune.batch_size=8",
-    "eval.tokens=16k",
-    "eval.length=512",
+    "evaluate.tokens=16k",
+    "evaluate.length=512",
 )
 """Recipe overrides (`key=value`, as for `--set`) that make a conversion of the embedded model end in under 3 minutes on 2 CPU cores.
 An override given by the user comes after these and wins."""

@@ -14,10 +14,10 @@ from attnconvert.kernels.linear.reference import LinearOutput, LinearState, atte
 from attnconvert.surgery.runtime.seam import AttentionCore, SeamInputs
 
 
-@functools.lru_cache(maxsize=2)
-def _kernel(compiled: bool) -> Callable[..., LinearOutput]:
+@functools.lru_cache(maxsize=1)
+def _compiled_kernel() -> Callable[..., LinearOutput]:
     """The operator, compiled once for all layers: weights are arguments, so 30 layers share one graph."""
-    return torch.compile(linear_attention, dynamic=False) if compiled else linear_attention
+    return torch.compile(linear_attention, dynamic=False)
 
 
 class HedgehogAttention(AttentionCore):
@@ -57,8 +57,9 @@ class HedgehogAttention(AttentionCore):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> Tensor:
         layer = inputs.layer
         state = LinearState(**layer.state) if layer is not None and layer.state else None
-        out, final = _kernel(self.compile_kernel)(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **self._options(inputs.scaling), start=inputs.start, initial_state=state, output_final_state=layer is not None
+        kernel = _compiled_kernel() if self.compile_kernel else linear_attention
+        out, final = kernel(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **self._options(inputs.scaling), start=inputs.start, aligned=self.window_size in inputs.aligned_to, initial_state=state, output_final_state=layer is not None
         )
         if layer is not None:
             assert final is not None

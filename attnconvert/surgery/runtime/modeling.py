@@ -98,6 +98,8 @@ class AttnConvertMixin:
     _supports_attention_backend = False  # serving engines must not replace the attention function
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = {"core"}
+    # True = hand document starts to the layers even when every row is one document, so that compiled layers see one kind of input
+    static_starts = False
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -149,9 +151,13 @@ class AttnConvertMixin:
         if open_ended:
             position_ids = kwargs.get("position_ids")
             start = document_starts(mask, position_ids, batch_size, num_tokens, has_past=past is not None)
-            if start is not None and num_tokens > 1 and not bool((start > 0).any()):
-                start = None  # no padding, no packing: layers take the aligned path
-            kwargs[STARTS_KWARG] = Starts(start)
+            aligned_to: tuple[int, ...] = ()
+            if start is not None and num_tokens > 1:  # one device sync per forward pass
+                sizes = sorted({row["config"].get("window", {}).get("size", 0) for row in config.attn_plan["layers"]} - {0})
+                some, *aligned = torch.stack([(start > 0).any(), *((start % size == 0).all() for size in sizes)]).tolist()
+                start = start if some or self.static_starts else None  # None: no padding, no packing
+                aligned_to = tuple(size for size, holds in zip(sizes, aligned, strict=True) if holds)
+            kwargs[STARTS_KWARG] = Starts(start, aligned_to)
         return kwargs
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

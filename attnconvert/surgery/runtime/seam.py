@@ -31,12 +31,14 @@ class SeamInputs:
         start: [B, T] index of the first token of each token's document in this call (negative never; a padding token before the
             document has the document's start, greater than its own index); None = no padding and no packing.
         scaling: factor on q.k.
+        aligned_to: window sizes of the plan of which every document start is known to be a multiple.
         sliding_window: window of the original layer in tokens, or None.
         layer: the cache layer when decoding with a cache, else None.
     """
 
     start: Tensor | None
     scaling: float
+    aligned_to: tuple[int, ...] = ()
     sliding_window: int | None = None
     layer: CoreCacheLayer | None = None
     batch_size: int = 0
@@ -52,9 +54,10 @@ class SeamInputs:
 
 @dataclass(frozen=True)
 class Starts:
-    """Document starts, computed once per forward pass and handed to every layer. `start` as in SeamInputs."""
+    """Document starts, computed once per forward pass and handed to every layer. Fields as in SeamInputs."""
 
     start: Tensor | None
+    aligned_to: tuple[int, ...] = ()
 
 
 def document_starts(attention_mask: Tensor | None, position_ids: Tensor | None, batch_size: int, num_tokens: int, *, has_past: bool) -> Tensor | None:
@@ -96,6 +99,8 @@ def softmax_attention(
     plain = softcap is None and sink_logits is None
     if plain and attention_mask is None and (start is None or past) and (sliding_window is None or sliding_window >= S) and (past == 0 or T == 1):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scaling, dropout_p=dropout, enable_gqa=k.shape[1] != q.shape[1])
+    if plain and k.shape[1] != q.shape[1]:  # with a mask SDPA's fused kernels do not take grouped heads and it would fall back to T x T
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     key = torch.arange(S, device=q.device)
     pieces = []
     for at in range(0, T, MASKED_QUERY_CHUNK):
@@ -114,7 +119,7 @@ def softmax_attention(
         if plain:
             # a row without keys (padding) would be NaN: let it see itself, nobody reads it
             mask = mask | (cols == rows[:, None] + past)
-            pieces.append(torch.nn.functional.scaled_dot_product_attention(chunk_q, chunk_k, chunk_v, attn_mask=mask, scale=scaling, dropout_p=dropout, enable_gqa=k.shape[1] != q.shape[1]))
+            pieces.append(torch.nn.functional.scaled_dot_product_attention(chunk_q, chunk_k, chunk_v, attn_mask=mask, scale=scaling, dropout_p=dropout))
         else:
             pieces.append(_eager(chunk_q, chunk_k, chunk_v, mask, scaling, softcap, sink_logits, dropout))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
@@ -186,7 +191,7 @@ def attnconvert_attention(
     assert isinstance(value, Tensor)
     if key.shape[2] != T:
         raise ValueError("a converted layer was given a key-value cache that is not its own; pass past_key_values=None or model.build_cache()")
-    inputs = SeamInputs(start, scaling, window, layer, B, T, query.device)
+    inputs = SeamInputs(start, scaling, starts.aligned_to if starts is not None else (), window, layer, B, T, query.device)
     if core.teacher or core.tap is not None:
         if layer is not None:
             raise ValueError("teacher mode computes whole sequences: call the model with use_cache=False")
