@@ -126,10 +126,18 @@ def _segmented_scan(delta: Tensor, keep: Tensor, first: Tensor) -> Tensor:
     Returns:
         [B, heads, N, ...], the state each tile reads.
     """
-    states = [first]
-    for n in range(delta.shape[2] - 1):
-        states.append(states[-1] * keep[:, n].view(-1, *[1] * (first.dim() - 1)) + delta[:, :, n])
-    return torch.stack(states, 2)
+    # Doubling: after the step with shift s, `delta` and `keep` cover the last 2s tiles. log2(N) steps, no loop over tiles, and autograd
+    # keeps only the small `keep` factors.
+    shift, num_tiles = 1, delta.shape[2]
+    extra = delta.dim() - 3
+    while shift < num_tiles:
+        weight = keep.view(keep.shape[0], 1, num_tiles, *[1] * extra)
+        delta = delta + weight * torch.nn.functional.pad(delta[:, :, :-shift], (*[0, 0] * extra, shift, 0))
+        keep = keep * torch.nn.functional.pad(keep[:, :-shift], (shift, 0), value=1.0)
+        shift *= 2
+    first = first[:, :, None]
+    carried = delta[:, :, :-1] + keep[:, :-1].view(keep.shape[0], 1, num_tiles - 1, *[1] * extra) * first
+    return torch.cat([first, carried], 2)
 
 
 def linear_attention(
