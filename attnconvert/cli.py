@@ -1,0 +1,811 @@
+"""The command line: parse, call `convert/`, show what came back.
+
+Results go to stdout, everything else to stderr. `main` is the only place that catches errors: exit code 0 = done, 1 = a mistake in the
+input or the surroundings, 2 = wrong usage, 3 = a bug (the traceback is in a log file), 130 = Ctrl-C.
+
+Importing this file imports typer and rich and nothing heavier, so that `--help` is instant; commands import what they need.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.main
+
+from attnconvert import __version__
+from attnconvert.errors import AttnConvertError, ErrorGroup
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress, TaskID
+
+EXIT_ERROR, EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 1, 2, 3, 130
+RESUMABLE = ("linearize", "convert")
+DEBUG = "ATTNCONVERT_DEBUG"
+
+# Tables are laid out for this many columns when the output is no terminal, or one too narrow for their figures.
+_MIN_COLUMNS = 120
+# Without a terminal, a stage says how far it is every tenth of the way, and at least this often.
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+# ---------------------------------------------------------------- options
+
+_MODEL_PANEL, _RUN_PANEL, _OUT_PANEL, _MACHINE_PANEL = "Model and recipe", "How it runs", "Output", "Machine"
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", show_default=False, help="Hub id (user/name), local directory, .gguf file, or `demo` for the small model inside the package.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", show_default=False, help="A folder that attnconvert wrote.")]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", metavar="NAME|FILE", rich_help_panel=_MODEL_PANEL, help="A recipe of `attnconvert recipes list`, or a YAML file.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", rich_help_panel=_MODEL_PANEL, help="Change one setting of the recipe, e.g. stages.transfer.tokens=2M. Repeatable."),
+]
+RevisionOption = Annotated[str | None, typer.Option(metavar="REV", rich_help_panel=_MODEL_PANEL, help="Branch, tag or commit of a Hub model.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", rich_help_panel=_MODEL_PANEL, help="Run Python code from the model's repository. Read it first.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="DIR", rich_help_panel=_OUT_PANEL, show_default="<model>-<recipe>", help="Folder to create.")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", rich_help_panel=_OUT_PANEL, help="Replace an earlier result in that folder, once the new one is complete.")]
+AdaptersOption = Annotated[
+    bool, typer.Option("--adapters-only", rich_help_panel=_OUT_PANEL, help="Save only what the conversion adds, a few MB; `attnconvert merge` makes the full checkpoint of it later.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", rich_help_panel=_RUN_PANEL, help="Continue an interrupted run; the result is the same as without the interruption.")]
+SkipOption = Annotated[bool, typer.Option("--skip-evaluation", rich_help_panel=_RUN_PANEL, help="Do not measure the result; `attnconvert evaluate-converted` can do it later.")]
+SeedOption = Annotated[int | None, typer.Option(metavar="N", rich_help_panel=_RUN_PANEL, show_default="the recipe's", help="Seed of data order, initialisation and evaluation.")]
+DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", rich_help_panel=_MACHINE_PANEL, help="auto, cpu, cuda or cuda:N. auto takes the GPU if there is one.")]
+DtypeOption = Annotated[
+    str, typer.Option(metavar="DTYPE", rich_help_panel=_MACHINE_PANEL, help="Weights in auto (as stored), fp32, bf16 or fp16. The new attention's state is fp32 always.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", rich_help_panel=_OUT_PANEL, help="Print the result as JSON on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUT_PANEL, help="No plan, no progress; only the result and errors.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", rich_help_panel=_OUT_PANEL, help="Let transformers, peft and datasets print their own messages too.")]
+
+
+def _examples(*lines: str) -> str:
+    """An epilog. Typer joins single line breaks and makes one of two."""
+    return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
+
+
+app = typer.Typer(
+    name="attnconvert",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Swap a pretrained transformer's attention for a cheaper kind, give the quality back, save an ordinary Hugging Face checkpoint.",
+    epilog=_examples(
+        "attnconvert linearize demo --recipe hedgehog",
+        "attnconvert plan HuggingFaceTB/SmolLM2-135M-Instruct --recipe hedgehog-mixed",
+        "attnconvert linearize HuggingFaceTB/SmolLM2-135M-Instruct --recipe hedgehog",
+        "attnconvert generate SmolLM2-135M-Instruct-hedgehog 'Once upon a time'",
+    )
+    + "\n\n`demo` is a small model inside the package: that line needs no download and minutes on a CPU.",
+)
+recipes_app = typer.Typer(help="List, show and check recipes: which layers get which attention, and how they are trained.", rich_markup_mode="rich")
+_CONVERT, _USE, _INFORM = "Convert", "Use and measure", "Look things up"
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"attnconvert {__version__}")
+        raise typer.Exit
+
+
+# ---------------------------------------------------------------- convert
+
+
+@app.command(
+    rich_help_panel=_CONVERT,
+    epilog=_examples(
+        "attnconvert linearize demo --recipe hedgehog",
+        "attnconvert linearize HuggingFaceTB/SmolLM2-135M-Instruct --recipe hedgehog --set data.source=my-text/ --out smol",
+        "attnconvert linearize ./my-model --recipe hedgehog-mixed --set keep.fraction=0.5 --set stages.finetune.tokens=20M",
+        "attnconvert linearize ./my-model --recipe my.yaml --resume",
+    ),
+)
+def linearize(
+    ctx: typer.Context,
+    model: Model,
+    recipe: RecipeOption = "hedgehog",
+    set_: SetOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    out: OutOption = None,
+    overwrite: OverwriteOption = False,
+    adapters_only: AdaptersOption = False,
+    resume: ResumeOption = False,
+    skip_evaluation: SkipOption = False,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Turn softmax attention into linear attention: plan, train, save, measure.
+
+    Like `convert`, with a recipe whose methods all belong to the linearize family.
+    """
+    _convert(
+        ctx.find_root().obj, model, recipe, set_, revision=revision, trust_remote_code=trust_remote_code, family="linearize", out=out, overwrite=overwrite, adapters_only=adapters_only, resume=resume,
+        skip_evaluation=skip_evaluation, seed=seed, device=device, dtype=dtype, as_json=as_json, quiet=quiet, verbose=verbose,
+    )  # fmt: skip
+
+
+@app.command(
+    rich_help_panel=_CONVERT,
+    epilog=_examples("attnconvert convert demo --recipe window-sinks", "attnconvert convert ./my-model --recipe my.yaml --out my-model-converted"),
+)
+def convert(
+    ctx: typer.Context,
+    model: Model,
+    recipe: Annotated[
+        str,
+        typer.Option("--recipe", "-r", metavar="NAME|FILE", rich_help_panel=_MODEL_PANEL, show_default=False, help="A recipe of `attnconvert recipes list`, or a YAML file."),
+    ],
+    set_: SetOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    out: OutOption = None,
+    overwrite: OverwriteOption = False,
+    adapters_only: AdaptersOption = False,
+    resume: ResumeOption = False,
+    skip_evaluation: SkipOption = False,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Convert with any recipe: plan, train, save, measure."""
+    _convert(
+        ctx.find_root().obj, model, recipe, set_, revision=revision, trust_remote_code=trust_remote_code, family=None, out=out, overwrite=overwrite, adapters_only=adapters_only, resume=resume,
+        skip_evaluation=skip_evaluation, seed=seed, device=device, dtype=dtype, as_json=as_json, quiet=quiet, verbose=verbose,
+    )  # fmt: skip
+
+
+def _convert(
+    arguments: Sequence[str],
+    model: str,
+    recipe: str,
+    overrides: list[str] | None,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+    family: str | None,
+    out: Path | None,
+    overwrite: bool,
+    adapters_only: bool,
+    resume: bool,
+    skip_evaluation: bool,
+    seed: int | None,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """What `linearize` and `convert` share."""
+    _check_choice("dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
+    _check_device(device)
+    with _libraries(verbose):
+        from attnconvert.convert import pipeline
+        from attnconvert.convert.plan import render_plan
+
+        prepared = pipeline.prepare(model, recipe, overrides=tuple(overrides or ()), revision=revision, trust_remote_code=trust_remote_code, family=family)
+        target = out if out is not None else Path(default_out(model, recipe))
+        if not quiet:
+            _show(render_plan(prepared.plan, prepared.estimate), _stderr())
+            for note in prepared.notes:
+                _say(f"note: {note}")
+        options = pipeline.RunOptions(
+            out=target, device=device, dtype=dtype, resume=resume, adapters_only=adapters_only, overwrite=overwrite, skip_evaluation=skip_evaluation, seed=seed,
+            command=shlex.join(["attnconvert", *arguments]),
+        )  # fmt: skip
+        with RunUi(_stderr(), quiet=quiet) as ui:
+            result = pipeline.run(prepared, options, ui)
+    if as_json:
+        _print_json(
+            {
+                "path": str(result.path),
+                "seconds": result.seconds,
+                "plan": result.plan.to_dict(),
+                "stages": [_jsonable(stage) for stage in result.stages],
+                "evaluation": None if result.report is None else result.report.to_dict(),
+            }
+        )
+        return
+    if quiet:
+        typer.echo(str(result.path))
+        return
+    if result.report is not None:
+        from attnconvert.convert.report import render_table
+
+        _show(render_table(result.report), _stdout())
+    typer.echo(next_steps(result.path, adapters_only=adapters_only))
+
+
+def default_out(model: str, recipe: str) -> str:
+    """`<model>-<recipe>` from what the user typed: the last part of a path or Hub id, without the suffix of a file."""
+    path = Path(model)
+    name = path.stem if path.suffix == ".gguf" else Path(os.path.abspath(model)).name if model.startswith((".", "~", "/")) else path.name
+    return f"{name}-{Path(recipe).stem if recipe.endswith(('.yaml', '.yml')) else Path(recipe).name}"
+
+
+def next_steps(path: Path, *, adapters_only: bool) -> str:
+    """What to do with a finished conversion, ready to be copied."""
+    quoted = shlex.quote(str(path))
+    if adapters_only:
+        return f"Saved {path} (adapters only)\n\nMake the full checkpoint:\n\n  attnconvert merge {quoted} --out {quoted}-merged"
+    folder = str(path)
+    code = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=False)",
+    ]
+    return "\n".join(
+        [f"Saved {path}", "", "Load it, with or without attnconvert installed:", "", *(f"  {line}".rstrip() for line in code), "", "Try it:", "", f"  attnconvert generate {quoted} 'Once upon a time'"]
+    )
+
+
+@app.command(
+    rich_help_panel=_CONVERT,
+    epilog=_examples("attnconvert plan demo --recipe hedgehog", "attnconvert plan HuggingFaceTB/SmolLM2-135M-Instruct --recipe hedgehog-mixed --set keep.fraction=0.5 --json"),
+)
+def plan(
+    model: Model,
+    recipe: RecipeOption = "hedgehog",
+    set_: SetOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show what a conversion would change, save and cost; loads no weights and writes nothing."""
+    with _libraries(verbose):
+        from attnconvert.convert import pipeline
+        from attnconvert.convert.plan import render_plan
+
+        prepared = pipeline.prepare(model, recipe, overrides=tuple(set_ or ()), revision=revision, trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json({"model": model, "recipe": recipe, "plan": prepared.plan.to_dict(), "estimate": prepared.estimate.to_dict(), "notes": list(prepared.notes)})
+        return
+    _show(render_plan(prepared.plan, prepared.estimate), _stdout())
+    for note in prepared.notes:
+        _say(f"note: {note}")
+
+
+@app.command(rich_help_panel=_CONVERT, epilog=_examples("attnconvert merge my-adapters --out my-model", "attnconvert merge my-adapters --out my-model --base ./copy-of-the-base-model"))
+def merge(
+    adapters: Annotated[Path, typer.Argument(metavar="DIR", show_default=False, help="A folder written with --adapters-only.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", show_default=False, rich_help_panel=_OUT_PANEL, help="Folder to create.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", rich_help_panel=_MODEL_PANEL, show_default="as recorded", help="The base model, if it is called otherwise here: Hub id or local directory.")
+    ] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make the full checkpoint of a conversion saved with --adapters-only."""
+    _check_device(device)
+    with _libraries(verbose):
+        from attnconvert.convert.merge import merge as merge_adapters
+
+        path = merge_adapters(adapters, out, base=base, device=_resolved(device))
+    if as_json:
+        _print_json({"path": str(path)})
+    else:
+        typer.echo(next_steps(path, adapters_only=False))
+
+
+# ---------------------------------------------------------------- use and measure
+
+
+@app.command(
+    rich_help_panel=_USE,
+    epilog=_examples(
+        "attnconvert generate demo-hedgehog 'The whale'",
+        "attnconvert generate SmolLM2-135M-Instruct-hedgehog 'What is the capital of France?' --chat",
+        "attnconvert generate demo 'The whale'   (the model before conversion, for comparison)",
+    ),
+)
+def generate(
+    model: Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="A converted checkpoint; or any model that `linearize` takes.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False, help="Text to continue; `-` reads it from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_RUN_PANEL, help="Stop after this many tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0.0, rich_help_panel=_RUN_PANEL, help="0 = always the most likely token; higher = more varied.")] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", rich_help_panel=_RUN_PANEL, help="Use the model's chat template.")] = False,
+    seed: Annotated[int, typer.Option(metavar="N", rich_help_panel=_RUN_PANEL, help="Seed of the draws, with --temperature.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write text with a converted model, then say how fast it was and what its decode cache holds."""
+    _check_choice("dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
+    _check_device(device)
+    text = sys.stdin.read() if prompt == "-" else prompt
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    with _libraries(verbose):
+        from attnconvert.convert.generate import generate_text
+        from attnconvert.convert.load import load_model, resolve
+        from attnconvert.convert.report import format_bytes
+
+        loaded = load_model(resolve(model), dtype=dtype, device=_resolved(device))
+        made = generate_text(
+            loaded.model, loaded.tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed, on_text=None if as_json else write
+        )
+    if as_json:
+        _print_json(made.to_dict())
+        return
+    typer.echo("")
+    speed = f", {made.tokens_per_second:.1f} tokens/s" if made.tokens_per_second is not None else ""
+    cache = f"cache {format_bytes(made.cache_bytes)}"
+    if made.softmax_cache_bytes is not None:
+        cache += f" (softmax attention: {format_bytes(made.softmax_cache_bytes)})"
+    _say(f"\n{made.num_prompt_tokens} + {made.num_new_tokens} tokens, first after {made.prefill_seconds:.2f} s{speed}; {cache}")
+
+
+# ---------------------------------------------------------------- look things up
+
+
+@app.command(rich_help_panel=_INFORM, epilog=_examples("attnconvert methods", "attnconvert methods hedgehog", "attnconvert methods --json"))
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Only this method.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the kinds of attention, with their settings for `config:` in a recipe."""
+    from attnconvert.surgery import registry
+
+    found = [registry.get(method) for method in ([name] if name is not None else registry.available())]
+    if as_json:
+        _print_json(
+            [{"name": m.name, "family": m.family, "summary": m.summary, "paper": m.paper, "options": [option.__dict__ for option in method_options(m.config)]} for m in found]
+        )
+        return
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    for method in found:
+        family = "" if method.family == "none" else f"  (attnconvert {method.family})"
+        parts: list[RenderableType] = [Text.assemble((method.name, "bold"), family), Text(f"  {method.summary}\n  {method.paper}")]
+        options = method_options(method.config)
+        if options:
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2))
+            table.add_column("setting", no_wrap=True)
+            table.add_column("default", no_wrap=True)
+            table.add_column("values", overflow="fold")
+            table.add_column("meaning", overflow="fold", ratio=1)
+            for option in options:
+                table.add_row(*(Text(cell) for cell in (option.key, option.default, option.values, option.description)))
+            parts.append(table)
+        else:
+            parts.append(Text("  no settings\n"))
+        _show(Group(*parts), _stdout())
+
+
+class MethodOption:
+    """One setting of a method: its dotted key, default and accepted values as text, and what it means."""
+
+    def __init__(self, key: str, default: str, values: str, description: str):
+        self.key, self.default, self.values, self.description = key, default, values, description
+
+
+def method_options(config: type[BaseModel], prefix: str = "") -> list[MethodOption]:
+    """The settings of a method, nested blocks as dotted keys."""
+    from pydantic import BaseModel
+
+    options = []
+    for key, field in config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            options += method_options(field.annotation, f"{prefix}{key}.")
+            continue
+        default = "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True)).strip('"')
+        options.append(MethodOption(f"{prefix}{key}", default, _accepted(field.annotation, field.metadata), field.description or ""))
+    return options
+
+
+def _accepted(annotation: Any, bounds: Sequence[Any]) -> str:
+    """`block | sliding`, `integer 0 to 64`, `true | false`: what a setting accepts."""
+    import typing
+
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(map(str, arguments))
+    if arguments:
+        return " | ".join("null" if part is type(None) else _accepted(part, bounds) for part in arguments)
+    if annotation is bool:
+        return "true | false"
+    text = {int: "integer", float: "number", str: "text"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    limits = {name: getattr(bound, name) for bound in bounds for name in ("ge", "gt", "le", "lt") if hasattr(bound, name)}
+    if "ge" in limits and "le" in limits:
+        return f"{text} {limits['ge']} to {limits['le']}"
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    return " ".join([text, *(f"{signs[name]} {value}" for name, value in limits.items())])
+
+
+app.add_typer(recipes_app, name="recipes", rich_help_panel=_INFORM)
+
+
+@recipes_app.callback(invoke_without_command=True, epilog=_examples("attnconvert recipes", "attnconvert recipes show hedgehog > my.yaml", "attnconvert recipes validate my.yaml"))
+def _recipes(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        list_recipes()
+
+
+@recipes_app.command("list")
+def list_recipes(as_json: JsonOption = False) -> None:
+    """List the recipes that ship with attnconvert."""
+    from attnconvert.recipes import load
+
+    recipes = [load.load_recipe(name).recipe for name in load.list_recipes()]
+    if as_json:
+        _print_json([{"name": recipe.name, "description": recipe.description, "methods": list(recipe.methods), "reference": recipe.reference} for recipe in recipes])
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("methods", no_wrap=True)
+    table.add_column("what it does", overflow="fold")
+    for recipe in recipes:
+        table.add_row(*(Text(cell) for cell in (recipe.name, ", ".join(recipe.methods), recipe.description)))
+    _show(table, _stdout())
+
+
+@recipes_app.command("show", epilog=_examples("attnconvert recipes show hedgehog > my.yaml", "attnconvert recipes show hedgehog --resolved"))
+def show_recipe(
+    name: Annotated[str, typer.Argument(metavar="NAME|FILE", show_default=False, help="A shipped recipe or a YAML file.")],
+    set_: SetOption = None,
+    resolved: Annotated[bool, typer.Option("--resolved", help="With `extends`, --set and every default written out.")] = False,
+) -> None:
+    """Print a recipe as YAML."""
+    from attnconvert.recipes import load
+
+    loaded = load.load_recipe(name, tuple(set_ or ()))
+    if set_ and not resolved:
+        raise typer.BadParameter("the file as written has no --set in it; add --resolved", param_hint="--set")
+    sys.stdout.write(load.dump_resolved(loaded.recipe) if resolved else loaded.text)
+
+
+@recipes_app.command("validate", epilog=_examples("attnconvert recipes validate my.yaml", "attnconvert recipes validate my.yaml --set layers.0.config.sinks=8"))
+def validate_recipes(
+    files: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", show_default=False, help="Shipped recipes or YAML files.")],
+    set_: SetOption = None,
+) -> None:
+    """Check recipes and report every mistake at once, with file, line and what would be accepted.
+
+    Layer numbers are checked against a model by `attnconvert plan MODEL --recipe FILE`.
+    """
+    from attnconvert.recipes import load
+
+    errors: list[AttnConvertError] = []
+    for file in files:
+        try:
+            recipe = load.load_recipe(file, tuple(set_ or ())).recipe
+        except AttnConvertError as error:
+            errors.append(error)
+        else:
+            typer.echo(f"{file}: keys, values and methods are valid ({', '.join(recipe.methods) or 'no methods'})")
+    if errors:
+        raise errors[0] if len(errors) == 1 else ErrorGroup(errors)
+
+
+@app.command(rich_help_panel=_INFORM, epilog=_examples("attnconvert doctor", "attnconvert doctor --json"))
+def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> None:
+    """Check this machine: versions, GPU, disk, Hub access, what it has memory for, and a self-test. Exit code 1 if something needed is missing."""
+    with _libraries(verbose):
+        from attnconvert.convert.doctor import diagnose, render_diagnosis
+
+        diagnosis = diagnose()
+    if as_json:
+        _print_json(diagnosis.to_dict())
+    else:
+        _show(render_diagnosis(diagnosis), _stdout())
+    if not diagnosis.ok:
+        raise typer.Exit(EXIT_ERROR)
+
+
+# ---------------------------------------------------------------- progress
+
+
+class RunUi:
+    """Shows a running conversion on stderr: progress bars on a terminal, now and then a line elsewhere, nothing when quiet.
+
+    A context manager; the bars are gone and the cursor is back when it ends, however it ends.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False):
+        self.console, self.quiet = console, quiet
+        self.live = console.is_terminal and not quiet
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._last: dict[str, tuple[float, float]] = {}  # stage -> (share done, time) of its last line
+        self._started: dict[str, float] = {}
+
+    def __enter__(self) -> RunUi:
+        if self.live:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            self._progress = Progress(
+                TextColumn("{task.description:<20}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def on_phase(self, name: str) -> None:
+        """A new part of the conversion begins."""
+        if not self.quiet:
+            self._print(name)
+
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
+        if not self.quiet:
+            self._print(f"note: {text}")
+
+    def on_step(self, stage: str, step: int, num_steps: int, metrics: Mapping[str, Any]) -> None:
+        """Optimizer step `step` of `num_steps` is done. Metrics used: loss, tokens_per_second."""
+        facts = [f"loss {metrics['loss']:.4g}"] if metrics.get("loss") is not None else []
+        facts += [f"{metrics['tokens_per_second']:,.0f} tokens/s"] if metrics.get("tokens_per_second") else []
+        self._advance(stage, step, num_steps, ", ".join(facts))
+
+    def on_eval(self, what: str, done: int, total: int) -> None:
+        """Part `what` of the evaluation is `done` of `total`."""
+        self._advance(what, done, total, "")
+
+    def _advance(self, name: str, done: int, total: int, facts: str) -> None:
+        if self.quiet:
+            return
+        if self._progress is not None:
+            if name not in self._tasks:
+                self._tasks[name] = self._progress.add_task(name, total=total, facts=facts)
+            self._progress.update(self._tasks[name], completed=done, total=total, facts=facts)
+            return
+        now = time.monotonic()
+        started = self._started.setdefault(name, now)
+        last_share, last_time = self._last.get(name, (0.0, started))
+        share = done / total if total else 1.0
+        # Short parts say nothing but that they are done; a run of hours writes a line every few minutes.
+        pause = max(_SECONDS_BETWEEN_LINES, 0.02 * (now - started))
+        if now - last_time >= pause or (share - last_share >= 0.1 and now - last_time >= 1.0) or (done == total and last_share < 1.0):
+            self._last[name] = (share, now)
+            left = f", {_duration((now - started) * (total - done) / done)} left" if 0 < done < total and now > started else ""
+            self._print(f"{name}: {done}/{total}{', ' if facts else ''}{facts}{left}")
+
+    def _print(self, text: str) -> None:
+        from rich.text import Text
+
+        self.console.print(Text(text), soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+# ---------------------------------------------------------------- output
+
+
+def _stdout() -> Console:
+    return _console(stderr=False)
+
+
+def _stderr() -> Console:
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(stderr=stderr, highlight=False, markup=False, width=_MIN_COLUMNS)
+    return console
+
+
+def _show(renderable: RenderableType, console: Console) -> None:
+    """Print tables wide enough for their figures: on a narrow terminal a wrapped line is better than a figure cut short."""
+    console.print(renderable, width=max(console.width, _MIN_COLUMNS), crop=False, soft_wrap=False)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _jsonable(stage: Any) -> dict[str, Any]:
+    """A stage's result as strict JSON: a loss that is not finite is null."""
+    from dataclasses import asdict
+
+    from attnconvert.convert.evaluate import json_safe
+
+    result: dict[str, Any] = json_safe(asdict(stage))
+    return result
+
+
+@contextmanager
+def _libraries(verbose: bool) -> Iterator[None]:
+    """Inside, transformers, peft and datasets keep their load reports, weight bars and deprecation notes to themselves.
+
+    Their mistakes still come as exceptions, and download bars of the Hub stay: a download is worth seeing.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks is not for the user
+    if verbose:
+        yield
+        return
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            for category in (FutureWarning, DeprecationWarning, UserWarning):
+                warnings.filterwarnings("ignore", category=category, module=r"(transformers|peft|accelerate|datasets|huggingface_hub|torch)\b")
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# ---------------------------------------------------------------- checks of options
+
+
+def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}", param_hint=f"--{option}")
+
+
+def _check_device(device: str) -> None:
+    kind, _, index = device.partition(":")
+    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
+        raise typer.BadParameter(f"{device!r} is not one of auto, cpu, cuda, cuda:N", param_hint="--device")
+
+
+def _resolved(device: str) -> str:
+    """`auto` -> the GPU if there is one. Raises AttnConvertError `no-gpu` when one was asked for and there is none."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(device.partition(":")[2] or 0) >= count:
+            raise AttnConvertError("no-gpu", f"there is no {device!r} here: torch sees {count} GPU(s)", hint="`attnconvert doctor` says what this machine has; --device cpu works without a GPU")
+    return device
+
+
+# ---------------------------------------------------------------- the one place that catches
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: arguments without the program's name; None = sys.argv.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        # Not app(): that would replace sys.excepthook for the whole process.
+        typer.main.get_command(app)(args=arguments, prog_name="attnconvert", obj=arguments)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else EXIT_ERROR
+        if code == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this
+            _say(interrupted(arguments))
+        return code
+    except KeyboardInterrupt:
+        _say(interrupted(arguments))
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if os.environ.get(DEBUG) == "1":
+            raise
+        known = error if isinstance(error, AttnConvertError) else surroundings(error)
+        if known is not None:
+            _say(known.render())
+            return EXIT_ERROR
+        _say(report_bug(error, arguments))
+        return EXIT_BUG
+    return 0
+
+
+def interrupted(arguments: Sequence[str]) -> str:
+    """What Ctrl-C prints: for a conversion, the command that goes on with it."""
+    if not arguments or arguments[0] not in RESUMABLE:
+        return "interrupted"
+    again = [argument for argument in arguments if argument != "--overwrite"]
+    if "--resume" not in again:
+        again.append("--resume")
+    return f"interrupted; continue with: {shlex.join(['attnconvert', *again])}"
+
+
+def surroundings(error: BaseException) -> AttnConvertError | None:
+    """The user's version of errors that say the machine is too small, which no code of ours raises; None for a bug."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        first = str(error).splitlines()[0] if str(error) else "no memory left"
+        hint = "use fewer rows at a time: --set stages.transfer.micro_batch_size=1 --set stages.finetune.micro_batch_size=1 (the result is the same up to rounding)"
+        return AttnConvertError("out-of-memory", f"memory ran out: {first}", hint=hint)
+    return None
+
+
+def report_bug(error: BaseException, arguments: Sequence[str]) -> str:
+    """Write the traceback to a log file and say where it is."""
+    versions = _versions()
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    command = shlex.join(["attnconvert", *arguments])
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    content = f"command: {command}\nversions: {versions}\nfolder: {Path.cwd()}\n\n{trace}"
+    first = str(error).splitlines()[0] if str(error) else ""
+    lines = [f"error[internal]: {type(error).__name__}: {first}", "  this is a fault in attnconvert, or in a library it uses, not in what you typed"]
+    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+        path = folder / f"attnconvert-error-{stamp}-{os.getpid()}.log"
+        try:
+            path.write_text(content, encoding="utf-8")
+        except OSError:
+            continue
+        lines.append(f"  traceback: {path}")
+        break
+    else:
+        lines += ["  the traceback could not be written to a file:", trace]
+    return "\n".join([*lines, f"  {versions}", f"hint: report it with that file; {DEBUG}=1 shows the traceback here"])
+
+
+def _versions() -> str:
+    from importlib import metadata
+
+    parts = [f"attnconvert {__version__}", f"python {platform.python_version()}"]
+    for package in ("torch", "transformers", "peft", "typer"):
+        try:
+            parts.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            parts.append(f"{package} absent")
+    return ", ".join([*parts, platform.platform()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -615,3 +615,23 @@ def test_aligned_documents_start_at_multiples_and_keep_their_end(tmp_path: Path)
     assert (starts % 16 == 0).all()
     with pytest.raises(AttnConvertError, match="not a multiple of data.align"):
         load_data(DataConfig(source=str(path), align=48), tokenizer, length=64, num_train_tokens=2000, num_eval_tokens=128, eval_length=64)
+
+
+def test_recall_rows_ask_for_facts_given_earlier_and_keep_the_budget(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from attnconvert import embedded
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded.model_dir())
+    config = {"length": 512, "num_train_tokens": 512 * 20, "num_eval_tokens": 512, "eval_length": 512}
+    plain = load_data(DataConfig(source="embedded"), tokenizer, **config)
+    mixed = load_data(DataConfig(source="embedded", recall=0.25), tokenizer, **config)
+    assert mixed.train.num_rows == plain.train.num_rows
+    assert mixed.description["recall_rows"] == 5
+    assert torch.equal(mixed.train.input_ids[:15], plain.train.input_ids[:15])
+    for row in mixed.train.input_ids[15:]:
+        text = tokenizer.decode(row.tolist())
+        numbers = Counter(word for word in "".join(c if c.isdigit() else " " for c in text).split() if len(word) >= 3)
+        assert any(count >= 2 for count in numbers.values())
+    again = load_data(DataConfig(source="embedded", recall=0.25), tokenizer, **config)
+    assert again.description == mixed.description

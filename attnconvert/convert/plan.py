@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 ASSUMED_FLOPS = {"cpu": 3.0e10, "cuda": 1.5e13}
 """FLOP/s that training reaches in practice: 2 CPU cores in fp32, one H100 in bf16 on a model of 135 M parameters (larger ones do better)."""
 
+SECONDS_PER_STEP = {"cpu": 0.0, "cuda": 0.1}
+"""Least time of an optimizer step: a small model keeps a GPU waiting for the next kernel."""
+
 _KEPT_BY_RECIPE = "the recipe keeps it"
 _ALREADY_SLIDING = "already a sliding window"
 _DEFAULT_LENGTH = 32_768
@@ -131,6 +134,8 @@ def _check_stages(recipe: Recipe, plan: ConversionPlan) -> None:
                 expected="loss: output, or a method with a linear branch on every converted layer",
                 hint="`--set stages.transfer.loss=output`, or skip the stage with `--set stages.transfer.tokens=0`",
             )
+    if plan.num_kept_later and not transfer.tokens and not recipe.stages.finetune.tokens:
+        raise AttnConvertError("keep-unmeasurable", "keep.fraction chooses layers by measurement, but no stage reads any text", where="keep.fraction", hint="name the layers with keep.layers, or give a stage some tokens")
     if plan.num_kept_later and plan.keep_by == "layer_error":
         measured = [row for row, core in cores if _num_parameters(core)] if transfer.tokens else []
         if len(measured) < plan.num_kept_later:
@@ -199,7 +204,7 @@ class StageEstimate:
         tokens: training tokens; 0 = skipped.
         flops: of all steps.
         memory_bytes: peak of weights, gradients, optimizer state and activations.
-        seconds: device kind (`cpu`, `cuda`) -> seconds at ASSUMED_FLOPS.
+        seconds: device kind (`cpu`, `cuda`) -> seconds at ASSUMED_FLOPS and SECONDS_PER_STEP.
     """
 
     stage: str
@@ -301,7 +306,7 @@ def estimate(plan: ConversionPlan, sites: Sequence[Site], recipe: Recipe, num_pa
                 tokens,
                 flops,
                 _training_bytes(plan, recipe, name, num_parameters, new_parameters, element_size) if tokens else 0,
-                {kind: flops / rate for kind, rate in ASSUMED_FLOPS.items()},
+                {kind: max(flops / rate, SECONDS_PER_STEP[kind] * tokens / (stage.batch_size * stage.length)) for kind, rate in ASSUMED_FLOPS.items()},
             )
         )
     return Estimate(
@@ -369,23 +374,21 @@ def render_plan(plan: ConversionPlan, estimate: Estimate) -> RenderableType:
 
     by_layer = {layer.layer_idx: layer for layer in estimate.layers}
     table = Table(title=f"Plan ({len(plan.layers)} layers, {plan.base_model_type})", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for column in ("layers", "method", "settings", f"cache at {estimate.length}", "attention FLOPs", "new parameters"):
-        table.add_column(column, justify="left" if column in ("layers", "method", "settings") else "right", no_wrap=column != "settings")
+    for column in ("layers", "method", "settings", f"cache at {estimate.length}"):
+        table.add_column(column, justify="right" if column.startswith("cache") else "left", no_wrap=column != "settings")
     for run in _runs(plan.layers):
         first, costs = run[0], [by_layer[row.layer_idx] for row in run]
         before, after = sum(cost.state_bytes_before for cost in costs), sum(cost.state_bytes_after for cost in costs)
-        flops_before, flops_after = sum(cost.flops_before for cost in costs), sum(cost.flops_after for cost in costs)
         cells = (
             ranges([row.layer_idx for row in run]),
             first.method or SOFTMAX,
             describe_settings(first) if first.method else f"kept: {first.reason}",
             format_bytes(before) if first.method is None else f"{format_bytes(before)} -> {format_bytes(after)}",
-            f"{flops_before:.2g}" if first.method is None else f"{flops_before:.2g} -> {flops_after:.2g}",
-            f"{sum(cost.num_parameters for cost in costs):,}",
         )
         table.add_row(*(Text(cell) for cell in cells))
     lines = [
         f"Cache of one sequence at {estimate.length} tokens: {format_bytes(estimate.total('state_bytes_before'))} -> {format_bytes(estimate.total('state_bytes_after'))}; "
+        f"attention of the prefill: {estimate.total('flops_before'):.2g} -> {estimate.total('flops_after'):.2g} FLOPs; "
         f"new parameters: {estimate.new_parameters:,} beside {estimate.num_parameters:,}."
     ]
     if plan.num_kept_later:

@@ -109,6 +109,9 @@ class DataConfig(StageConfig):
     align: int = Field(
         default=1, ge=1, description="cut training documents to a multiple of this many tokens (shorter ones are dropped): packed documents then start where window blocks and kernel tiles do, which halves the work of a layer; 1 = keep every token"
     )
+    recall: float = Field(
+        default=0.0, ge=0, lt=1, description="share of training rows that are synthetic recall documents (facts in ordinary text, asked for later), which give long-range branches a reason to remember; 0 = none"
+    )
     eval_source: str | None = Field(default=None, description="held-out text, same forms as source; null = documents of source whose hash falls into eval_fraction")
     eval_fraction: float = Field(default=0.05, gt=0, lt=0.9, description="share of the documents of source held out when eval_source is null")
 

@@ -45,6 +45,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnconvert.distill.recall import recall_rows
 from attnconvert.errors import AttnConvertError
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def load_data(
         progress: called with (tokens done, tokens wanted), both splits together.
 
     Returns:
-        The splits, and a description with `source`, `eval_source`, `eval_fraction` (null when the held-out text has its own source), `seed`,
+        The splits, and a description with `source`, `eval_source`, `eval_fraction` (null when the held-out text has its own source), `seed`, `recall_rows` (synthetic ones among the training rows),
         `train_documents_dropped` (also in the held-out source), `train_epochs` (passes over the rows that the wanted tokens need; 1.0
         when the source fills the budget) and per split `documents`, `tokens`, `rows`, `length`, `tokens_wanted`, `tokens_available` (null
         when the source has more than was wanted) and `sha256` of the rows.
@@ -225,12 +226,18 @@ def load_data(
     for packer, name, split in ((train, config.source, "training"), (held_out, eval_name or config.source, "held-out")):
         _check_enough(packer, name, split, fraction, dropped)
     train_rows, eval_rows = train.rows(), held_out.rows()
+    num_recall = round(train_rows.num_rows * config.recall)
+    if num_recall:  # they take the place of that many rows of text, so the budget stays what was asked
+        kept = slice(0, train_rows.num_rows - num_recall)
+        recall = recall_rows(train_rows, tokenizer, num_recall, seed)
+        train_rows = PackedRows(torch.cat([train_rows.input_ids[kept], recall.input_ids]), torch.cat([train_rows.position_ids[kept], recall.position_ids]))
     description = {
         "source": config.source,
         "eval_source": eval_name,
         "eval_fraction": fraction,
         "seed": seed,
         "train_documents_dropped": dropped,
+        "recall_rows": num_recall,
         "train_epochs": round(train.wanted / (train_rows.num_rows * length), 4) if train.wanted else 0.0,
         "train": train.describe(train_rows),
         "eval": held_out.describe(eval_rows),
