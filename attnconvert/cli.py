@@ -216,8 +216,6 @@ def _convert(
         target = out if out is not None else Path(default_out(model, recipe))
         if not quiet:
             _show(render_plan(prepared.plan, prepared.estimate), _stderr())
-            for note in prepared.notes:
-                _say(f"note: {note}")
         options = pipeline.RunOptions(
             out=target, device=device, dtype=dtype, resume=resume, adapters_only=adapters_only, overwrite=overwrite, skip_evaluation=skip_evaluation, seed=seed,
             command=shlex.join(["attnconvert", *arguments]),
@@ -323,6 +321,54 @@ def merge(
 
 
 @app.command(
+    "evaluate-converted",
+    rich_help_panel=_USE,
+    epilog=_examples(
+        "attnconvert evaluate-converted demo-hedgehog",
+        "attnconvert evaluate-converted demo-hedgehog --data my-text.jsonl --tokens 500k",
+        "attnconvert evaluate-converted my-model-hedgehog --against ./my-model --json",
+    ),
+)
+def evaluate_converted(
+    folder: Folder,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="TEACHER", rich_help_panel=_MODEL_PANEL, show_default="the model that was converted", help="What to compare with: Hub id, directory, or `none`."),
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N", rich_help_panel=_RUN_PANEL, show_default="the recipe's", help="Held-out tokens, e.g. 200k.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", rich_help_panel=_RUN_PANEL, show_default="the documents held out of training", help="Other text: a file or folder, or a `datasets` id."),
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure a converted model: perplexity, KL and agreement with the teacher, recall, cache size.
+
+    Prints a table, and writes report.json and report.md into DIR.
+    """
+    _check_choice("dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
+    _check_device(device)
+    with _libraries(verbose):
+        from attnconvert.convert import reevaluate
+        from attnconvert.convert.report import render_table, write_report
+
+        with RunUi(_stderr(), quiet=quiet) as ui:
+            report, conversion = reevaluate.evaluate_converted(
+                folder, against=against, tokens=_token_count(tokens), data=data, device=_resolved(device), dtype=dtype, note=ui.on_phase, progress=ui.on_eval
+            )
+        paths = write_report(report, conversion, folder)
+    if as_json:
+        _print_json({"conversion": conversion, "evaluation": report.to_dict()})
+        return
+    _show(render_table(report), _stdout())
+    _say(f"wrote {' and '.join(map(str, paths))}")
+
+
+@app.command(
     rich_help_panel=_USE,
     epilog=_examples(
         "attnconvert generate demo-hedgehog 'The whale'",
@@ -353,10 +399,10 @@ def generate(
 
     with _libraries(verbose):
         from attnconvert.convert.generate import generate_text
-        from attnconvert.convert.load import load_model, resolve
+        from attnconvert.convert.reevaluate import load_saved
         from attnconvert.convert.report import format_bytes
 
-        loaded = load_model(resolve(model), dtype=dtype, device=_resolved(device))
+        loaded = load_saved(model, dtype=dtype, device=_resolved(device))
         made = generate_text(
             loaded.model, loaded.tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed, on_text=None if as_json else write
         )
@@ -706,6 +752,21 @@ def _check_device(device: str) -> None:
     kind, _, index = device.partition(":")
     if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
         raise typer.BadParameter(f"{device!r} is not one of auto, cpu, cuda, cuda:N", param_hint="--device")
+
+
+def _token_count(text: str | None) -> int | None:
+    """`200k` -> 200000, None stays."""
+    if text is None:
+        return None
+    from attnconvert.distill.config import parse_token_count
+
+    try:
+        count = int(parse_token_count(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tokens") from error
+    if count < 1:
+        raise typer.BadParameter("at least one token is needed", param_hint="--tokens")
+    return count
 
 
 def _resolved(device: str) -> str:
