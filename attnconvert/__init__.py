@@ -7,6 +7,7 @@ must answer `--help` at once; registration waits until transformers' auto classe
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -19,13 +20,12 @@ __version__ = "0.1.0"
 _AUTO_MODULE = "transformers.models.auto.modeling_auto"
 
 
+_MODELING = "attnconvert.surgery.runtime.modeling"
+
+
 def register() -> None:
     """Make transformers' auto classes know converted models. Called by itself; calling it again is harmless."""
-    from transformers import AutoConfig
-
-    from attnconvert.surgery.runtime.modeling import MODEL_TYPE, AttnConvertConfig
-
-    AutoConfig.register(MODEL_TYPE, AttnConvertConfig, exist_ok=True)
+    importlib.import_module(_MODELING)  # registers itself at its end
 
 
 class _Loader(importlib.abc.Loader):
@@ -39,7 +39,8 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.real.exec_module(module)
-        register()
+        if _MODELING not in sys.modules:  # else it is being imported right now, and asked for this module
+            register()
 
 
 class _RegisterOnImport(importlib.abc.MetaPathFinder):

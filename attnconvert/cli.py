@@ -38,8 +38,8 @@ EXIT_ERROR, EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 1, 2, 3, 130
 RESUMABLE = ("linearize", "convert")
 DEBUG = "ATTNCONVERT_DEBUG"
 
-# Tables are laid out for this many columns when the output is no terminal, or one too narrow for their figures.
-_MIN_COLUMNS = 120
+# Width of text when the output is no terminal; and of tables always, at least: a wrapped line is better than a figure cut short.
+_TEXT_COLUMNS, _TABLE_COLUMNS = 120, 160
 # Without a terminal, a stage says how far it is every tenth of the way, and at least this often.
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -234,7 +234,7 @@ def _convert(
         )
         return
     if quiet:
-        typer.echo(str(result.path))
+        typer.echo(_shown(result.path))
         return
     if result.report is not None:
         from attnconvert.convert.report import render_table
@@ -252,19 +252,31 @@ def default_out(model: str, recipe: str) -> str:
 
 def next_steps(path: Path, *, adapters_only: bool) -> str:
     """What to do with a finished conversion, ready to be copied."""
-    quoted = shlex.quote(str(path))
+    folder = _shown(path)
+    quoted = shlex.quote(folder)
     if adapters_only:
-        return f"Saved {path} (adapters only)\n\nMake the full checkpoint:\n\n  attnconvert merge {quoted} --out {quoted}-merged"
-    folder = str(path)
-    code = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        return f"Saved {folder} (adapters only)\n\nMake the full checkpoint:\n\n  attnconvert merge {quoted} --out {shlex.quote(folder + '-merged')}"
+    lines = [
+        f"Saved {folder}",
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)",
-        f"tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=False)",
+        "Load it, with or without attnconvert installed:",
+        "",
+        "  from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"  model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)",
+        f"  tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=False)",
+        "",
+        "Try it:",
+        "",
+        f"  attnconvert generate {quoted} 'Once upon a time'",
     ]
-    return "\n".join(
-        [f"Saved {path}", "", "Load it, with or without attnconvert installed:", "", *(f"  {line}".rstrip() for line in code), "", "Try it:", "", f"  attnconvert generate {quoted} 'Once upon a time'"]
-    )
+    return "\n".join(lines)
+
+
+def _shown(path: Path) -> str:
+    """A path as the user would type it here."""
+    absolute = Path(os.path.abspath(path))
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
 
 
 @app.command(
@@ -595,8 +607,9 @@ class RunUi:
         self.live = console.is_terminal and not quiet
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._last: dict[str, tuple[float, float]] = {}  # stage -> (share done, time) of its last line
+        self._last: dict[str, tuple[float, float]] = {}  # what is shown -> (share done, time) of its last line
         self._started: dict[str, float] = {}
+        self._part = ""
 
     def __enter__(self) -> RunUi:
         if self.live:
@@ -634,30 +647,34 @@ class RunUi:
         """Optimizer step `step` of `num_steps` is done. Metrics used: loss, tokens_per_second."""
         facts = [f"loss {metrics['loss']:.4g}"] if metrics.get("loss") is not None else []
         facts += [f"{metrics['tokens_per_second']:,.0f} tokens/s"] if metrics.get("tokens_per_second") else []
-        self._advance(stage, step, num_steps, ", ".join(facts))
+        self._advance(stage, step, num_steps, ", ".join(facts), shown=stage)
 
     def on_eval(self, what: str, done: int, total: int) -> None:
-        """Part `what` of the evaluation is `done` of `total`."""
-        self._advance(what, done, total, "")
+        """Part `what` of a measurement, or of reading text, is `done` of `total`. The parts share one bar: there are dozens."""
+        if self._progress is not None and "eval" in self._tasks and self._part != what:
+            self._progress.reset(self._tasks["eval"], total=total, description=what)
+        self._part = what
+        self._advance("eval", done, total, "", shown=what)
 
-    def _advance(self, name: str, done: int, total: int, facts: str) -> None:
+    def _advance(self, key: str, done: int, total: int, facts: str, *, shown: str) -> None:
         if self.quiet:
             return
         if self._progress is not None:
-            if name not in self._tasks:
-                self._tasks[name] = self._progress.add_task(name, total=total, facts=facts)
-            self._progress.update(self._tasks[name], completed=done, total=total, facts=facts)
+            if key not in self._tasks:
+                self._tasks[key] = self._progress.add_task(shown, total=total, facts=facts)
+            self._progress.update(self._tasks[key], completed=done, total=total, facts=facts)
             return
         now = time.monotonic()
-        started = self._started.setdefault(name, now)
-        last_share, last_time = self._last.get(name, (0.0, started))
+        started = self._started.setdefault(shown, now)
+        last_share, last_time = self._last.get(shown, (0.0, started))
         share = done / total if total else 1.0
-        # Short parts say nothing but that they are done; a run of hours writes a line every few minutes.
+        # A run of hours writes a line every few minutes; a part of a measurement that takes a moment says nothing at all.
         pause = max(_SECONDS_BETWEEN_LINES, 0.02 * (now - started))
-        if now - last_time >= pause or (share - last_share >= 0.1 and now - last_time >= 1.0) or (done == total and last_share < 1.0):
-            self._last[name] = (share, now)
+        finished = done == total and (key != "eval" or now - started >= 2.0)
+        if finished or now - last_time >= pause or (share - last_share >= 0.1 and now - last_time >= 1.0 and done < total):
+            self._last[shown] = (share, now)
             left = f", {_duration((now - started) * (total - done) / done)} left" if 0 < done < total and now > started else ""
-            self._print(f"{name}: {done}/{total}{', ' if facts else ''}{facts}{left}")
+            self._print(f"{shown}: {done}/{total}{', ' if facts else ''}{facts}{left}")
 
     def _print(self, text: str) -> None:
         from rich.text import Text
@@ -687,13 +704,18 @@ def _console(*, stderr: bool) -> Console:
 
     console = Console(stderr=stderr, highlight=False, markup=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(stderr=stderr, highlight=False, markup=False, width=_MIN_COLUMNS)
+        console = Console(stderr=stderr, highlight=False, markup=False, width=_TEXT_COLUMNS)
     return console
 
 
 def _show(renderable: RenderableType, console: Console) -> None:
-    """Print tables wide enough for their figures: on a narrow terminal a wrapped line is better than a figure cut short."""
-    console.print(renderable, width=max(console.width, _MIN_COLUMNS), crop=False, soft_wrap=False)
+    from rich.console import Group
+    from rich.table import Table
+
+    for part in renderable.renderables if isinstance(renderable, Group) else [renderable]:
+        # A table takes the columns it needs; one that asks for the rest of the line gets the console's own width.
+        narrow = isinstance(part, Table) and not any(column.ratio for column in part.columns)
+        console.print(part, width=max(console.width, _TABLE_COLUMNS) if narrow else None, crop=False)
 
 
 def _say(text: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -235,3 +235,7 @@ def teacher_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for core, value in zip(cores, before, strict=True):
             core.teacher = value
+
+
+if __name__.startswith("attnconvert."):  # installed; a checkpoint's own copy is found through auto_map instead
+    AutoConfig.register(MODEL_TYPE, AttnConvertConfig, exist_ok=True)
