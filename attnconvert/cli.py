@@ -374,7 +374,9 @@ def evaluate_converted(
             )
         paths = write_report(report, conversion, folder)
     if as_json:
-        _print_json({"conversion": conversion, "evaluation": report.to_dict()})
+        from attnconvert.convert.evaluate import json_safe
+
+        _print_json({"conversion": json_safe(conversion), "evaluation": report.to_dict()})
         return
     _show(render_table(report), _stdout())
     _say(f"wrote {' and '.join(map(str, paths))}")
@@ -712,10 +714,13 @@ def _show(renderable: RenderableType, console: Console) -> None:
     from rich.console import Group
     from rich.table import Table
 
+    columns = console.width
     for part in renderable.renderables if isinstance(renderable, Group) else [renderable]:
-        # A table takes the columns it needs; one that asks for the rest of the line gets the console's own width.
-        narrow = isinstance(part, Table) and not any(column.ratio for column in part.columns)
-        console.print(part, width=max(console.width, _TABLE_COLUMNS) if narrow else None, crop=False)
+        # A table takes the columns it needs; one with a column that asks for the rest of the line is laid out for the console.
+        grows = isinstance(part, Table) and not any(column.ratio for column in part.columns)
+        console.width = max(columns, _TABLE_COLUMNS) if grows else columns
+        console.print(part, crop=False)
+    console.width = columns
 
 
 def _say(text: str) -> None:

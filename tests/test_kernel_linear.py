@@ -13,7 +13,7 @@ def draw(T, *, heads=G, linear=True, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
     tensors = {"q": r(B, T, H, D), "k": r(B, T, G, D), "v": r(B, T, G, D), "linear_log_weight": r(H, 1)}
-    maps = {"query_map": r(H, D, F), "key_map": r(heads, D, F), "query_gate": r(H, D), "key_gate": r(heads, D)}
+    maps = {"query_map": r(H, D, F), "key_map": r(heads, D, F), "query_gate": r(H, D + 1), "key_gate": r(heads, D + 1)}
     return tensors | {name: t if linear else None for name, t in maps.items()}
 
 
@@ -165,3 +165,13 @@ def test_weight_loss_equals_the_cross_entropy_of_whole_attention_rows(where, ref
     names = [n for n in rows if n not in ("q", "k")]  # the teacher's weights are a target: q and k differ by that path
     for a, b in zip(torch.autograd.grad(got, [x[n] for n in names]), torch.autograd.grad(want, [x[n] for n in names]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_gated_map_with_power_one_is_the_exponential_map():
+    x, w = torch.randn(1, 2, 5, D, dtype=torch.float64), torch.randn(2, D, F, dtype=torch.float64)
+    gate = torch.zeros(2, D + 1, dtype=torch.float64)
+    gate[:, -1] = 1
+    y = x @ w
+    torch.testing.assert_close(feature_map(x, w, gate), torch.cat([y.exp(), (-y).exp()], -1) / F)
+    gate[:, -1] = 0
+    torch.testing.assert_close(feature_map(x, w, gate), feature_map(x, w))

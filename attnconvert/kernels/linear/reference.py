@@ -12,12 +12,11 @@ One definition for training, prefill and decode. For query n of a document that 
           = p + 1                            C = 0: no window
 
     y_n = (sum_W exp(s_ni - c) v_i + e^l sum_P phi_q.phi_k v_i) / (sum_W exp(s_ni - c) + e^l sum_P phi_q.phi_k)
-    phi(x) = exp(x.u / sqrt(D)) max([softmax(xW), softmax(-xW)], 1e-12)
+    phi(x) = max([e^g+ softmax(xW), e^g- softmax(-xW)], 1e-12), see `feature_map`
 
 `reference` says what c is. `absolute`: c = 0, so phi_q.phi_k stands for exp(s_ni) itself, whatever is in the window. `window_max`
 (LoLCATs): c = c_n, the maximum of s_ni over W_n; it is part of the model, not only a stabiliser, and gradients flow through it.
-l is the linear branch's log weight per head (LoLCATs: -log gamma); u is an optional gate per head that lets phi change its norm,
-without which every key weighs about the same. Keys outside the tile's M are held in a running state (kv, z), always fp32: a bf16
+l is the linear branch's log weight per head (LoLCATs: -log gamma). Keys outside the tile's M are held in a running state (kv, z), always fp32: a bf16
 normaliser stops growing after 256 equal steps.
 
 Queries are cut into tiles of C. A tile looks at its own keys and nb chunks before; older keys of its document are in the state.
@@ -27,6 +26,7 @@ back beyond a tile's keys, so one state and one set of sinks per tile are enough
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -73,23 +73,35 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def feature_map(x: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:
-    """Hedgehog features phi(x) = exp(x.u / sqrt(D)) max([softmax(xW), softmax(-xW)], 1e-12), softmax over each half separately.
+    """Hedgehog features, softmax over each half separately, with an optional learned norm.
+
+        phi(x) = max([e^g+ softmax(xW), e^g- softmax(-xW)], 1e-12),    g+- = x.u / sqrt(D) + a log mean_f exp(+-xW)_f
+
+    Without a gate g = 0 (the published map): every key then weighs about the same. a = 1, u = 0 gives exp(+-xW) / (F/2), whose product
+    can be as sharp as exp(q.k).
 
     Args:
         x: [B, heads, T, D].
         weight: W, [heads, D, F/2].
-        gate: u, [heads, D]; None = no gate. The exponent is held within +-GATE_LIMIT.
+        gate: [heads, D + 1], u and then a; None = no gate. g is held within +-GATE_LIMIT.
 
     Returns:
         [B, heads, T, F] fp32.
     """
     x = _wide(x)
     y = x @ weight.to(x.dtype)
-    features = torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp_min(FEATURE_FLOOR)
+    halves = [y, -y]
     if gate is None:
-        return features
-    exponent = (x * gate.to(x.dtype)[:, None]).sum(-1, keepdim=True) * x.shape[-1] ** -0.5
-    return features * torch.exp(exponent.clamp(-GATE_LIMIT, GATE_LIMIT))
+        return torch.cat([half.softmax(-1) for half in halves], -1).clamp_min(FEATURE_FLOOR)
+    gate = gate.to(x.dtype)
+    direction, power = gate[:, None, :-1], gate[:, None, -1:]
+    projected = (x * direction).sum(-1, keepdim=True) * x.shape[-1] ** -0.5
+    features = []
+    for half in halves:
+        log_mean = half.logsumexp(-1, keepdim=True) - math.log(half.shape[-1])
+        exponent = (projected + power * log_mean).clamp(-GATE_LIMIT, GATE_LIMIT)
+        features.append(half.softmax(-1) * torch.exp(exponent))
+    return torch.cat(features, -1).clamp_min(FEATURE_FLOOR)
 
 
 def window_start(position: Tensor, window_size: int, kind: str) -> Tensor:
@@ -168,7 +180,7 @@ def linear_attention(
         scale: factor on q.k in the softmax branch (the feature maps see q and k unscaled).
         query_map: [H, D, F/2]; None = no linear branch, keys outside window and sinks are dropped.
         key_map: [G, D, F/2] or [H, D, F/2].
-        query_gate: [H, D] or None. key_gate: as key_map's heads, [G or H, D], or None.
+        query_gate: [H, D + 1] or None. key_gate: as key_map's heads, [G or H, D + 1], or None.
         reference: `absolute` or `window_max`.
         linear_log_weight: l, broadcastable to [B, H, T] (a weight per head is [H, 1]).
         start: [B, T] int64, index of the first token of each token's document, in tokens of this call (negative: before it, only

@@ -4,9 +4,9 @@ For query n with softmax set W_n (window and sinks) and remainder P_n (all earli
 
     y_n = (sum_W exp(s_ni - c) v_i + e^l sum_P phi(q_n).phi(k_i) v_i) / (sum_W exp(s_ni - c) + e^l sum_P phi(q_n).phi(k_i))
 
-with s the softmax logits, l a learned log weight per head, and phi(x) = exp(x.u / sqrt(D)) max([softmax(xW), softmax(-xW)], 1e-12): W one
-matrix per query head (queries) and per KV head (keys), u a gate vector alike. c = 0 (`reference: absolute`), or the row's maximum over
-W_n (`window_max`). LoLCATs (https://arxiv.org/abs/2410.10254) is `window_max` without sinks and gates, with a key map per query head.
+with s the softmax logits, l a learned log weight per head, and phi(x) = max([e^g+ softmax(xW), e^g- softmax(-xW)], 1e-12): W one matrix per query
+head (queries) and per KV head (keys), g a learned gate on the map's norm (`gates`; 0 without). c = 0 (`reference: absolute`), or the row's
+maximum over W_n (`window_max`). LoLCATs (https://arxiv.org/abs/2410.10254) is `window_max` without sinks and gates, with a key map per query head.
 `absolute` with gates is our default because it was measured to be better: see docs/results.md.
 """
 
@@ -40,7 +40,7 @@ class HedgehogConfig(MethodConfig):
     reference: Literal["absolute", "window_max"] = Field(
         default="absolute", description="what the linear branch is weighed against: absolute = phi.phi stands for exp(logit) itself; window_max = it is scaled by the row's largest logit in the window (LoLCATs)"
     )
-    gates: bool = Field(default=True, description="let the feature maps change their norm: exp(x.u) with a learned vector per head")
+    gates: bool = Field(default=True, description="let the feature maps change their norm, g = x.u / sqrt(D) + a log mean exp(xW) with u and a learned per head; without it every key weighs about the same")
     softmax_weight: float = Field(default=0.1, gt=0, lt=1, description="initial weight of the softmax branch against the linear one, e^-l (LoLCATs: 0.1)")
 
     @model_validator(mode="after")
@@ -75,7 +75,7 @@ def cost(config: HedgehogConfig, site: Site, length: int, element_size: int) -> 
     if config.linear:
         state += state_heads * F * (D + 1) * 4
         flops += length * (2 * H * D * F // 2 + 2 * state_heads * D * F // 2 + 2 * H * F * D + 2 * state_heads * F * D)
-        parameters += (H + state_heads) * (D * F // 2 + D * config.gates)
+        parameters += (H + state_heads) * (D * F // 2 + (D + 1) * config.gates)
     return LayerCost(state_bytes=state, flops=flops, num_parameters=parameters)
 
 

@@ -14,6 +14,9 @@ from attnconvert.kernels.linear.reference import LinearOutput, LinearState, atte
 from attnconvert.surgery.runtime.seam import AttentionCore, SeamInputs
 
 
+GATE_POWER = 0.5  # half way between features of equal norm (0) and exp(+-xW) (1)
+
+
 @functools.lru_cache(maxsize=1)
 def _compiled_kernel() -> Callable[..., LinearOutput]:
     """The operator, compiled once for all layers: weights are arguments, so 30 layers share one graph."""
@@ -25,7 +28,7 @@ class HedgehogAttention(AttentionCore):
 
     Parameters: query_map [H, D, F/2] and key_map [G or H, D, F/2], identity at the start (phi then follows the pretrained q and k);
     linear_log_weight [H, 1], the log weight of the linear branch against the softmax branch (LoLCATs' -log gamma);
-    with gates query_gate [H, D] and key_gate [G or H, D], zero at the start.
+    with gates query_gate [H, D + 1] and key_gate [G or H, D + 1], a direction u (zero at the start) and a power a (GATE_POWER).
     """
 
     def __init__(
@@ -42,8 +45,10 @@ class HedgehogAttention(AttentionCore):
             self.key_map = nn.Parameter(eye.repeat(key_heads, 1, 1))
             self.linear_log_weight = nn.Parameter(torch.full((num_heads, 1), -math.log(softmax_weight), dtype=torch.float32))
             if gates:
-                self.query_gate = nn.Parameter(torch.zeros(num_heads, head_dim, dtype=torch.float32))
-                self.key_gate = nn.Parameter(torch.zeros(key_heads, head_dim, dtype=torch.float32))
+                gate = torch.zeros(1, head_dim + 1, dtype=torch.float32)
+                gate[:, -1] = GATE_POWER
+                self.query_gate = nn.Parameter(gate.repeat(num_heads, 1))
+                self.key_gate = nn.Parameter(gate.repeat(key_heads, 1))
 
     def _options(self, scaling: float) -> dict[str, Any]:
         on = self.linear and self.linear_enabled
