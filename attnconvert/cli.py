@@ -49,7 +49,10 @@ _SECONDS_BETWEEN_LINES = 15.0
 _MODEL_PANEL, _RUN_PANEL, _OUT_PANEL, _MACHINE_PANEL = "Model and recipe", "How it runs", "Output", "Machine"
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", show_default=False, help="Hub id (user/name), local directory, .gguf file, or `demo` for the small model inside the package.")
+    str,
+    typer.Argument(
+        metavar="MODEL", show_default=False, help="Hub id (user/name), local directory, .gguf file, or `demo` for the small model inside the package."
+    ),
 ]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", show_default=False, help="A folder that attnconvert wrote.")]
 RecipeOption = Annotated[
@@ -57,27 +60,51 @@ RecipeOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", rich_help_panel=_MODEL_PANEL, help="Change one setting of the recipe, e.g. stages.transfer.tokens=2M. Repeatable."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", rich_help_panel=_MODEL_PANEL, help="Change one setting of the recipe, e.g. stages.transfer.tokens=2M. Repeatable."
+    ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(metavar="REV", rich_help_panel=_MODEL_PANEL, help="Branch, tag or commit of a Hub model.")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", rich_help_panel=_MODEL_PANEL, help="Run Python code from the model's repository. Read it first.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", rich_help_panel=_MODEL_PANEL, help="Run Python code from the model's repository. Read it first.")
+]
 OutOption = Annotated[
     Path | None, typer.Option("--out", "-o", metavar="DIR", rich_help_panel=_OUT_PANEL, show_default="<model>-<recipe>", help="Folder to create.")
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", rich_help_panel=_OUT_PANEL, help="Replace an earlier result in that folder, once the new one is complete.")]
-AdaptersOption = Annotated[
-    bool, typer.Option("--adapters-only", rich_help_panel=_OUT_PANEL, help="Save only what the conversion adds, a few MB; `attnconvert merge` makes the full checkpoint of it later.")
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", rich_help_panel=_OUT_PANEL, help="Replace an earlier result in that folder, once the new one is complete.")
 ]
-ResumeOption = Annotated[bool, typer.Option("--resume", rich_help_panel=_RUN_PANEL, help="Continue an interrupted run; the result is the same as without the interruption.")]
-SkipOption = Annotated[bool, typer.Option("--skip-evaluation", rich_help_panel=_RUN_PANEL, help="Do not measure the result; `attnconvert evaluate-converted` can do it later.")]
-SeedOption = Annotated[int | None, typer.Option(metavar="N", rich_help_panel=_RUN_PANEL, show_default="the recipe's", help="Seed of data order, initialisation and evaluation.")]
-DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", rich_help_panel=_MACHINE_PANEL, help="auto, cpu, cuda or cuda:N. auto takes the GPU if there is one.")]
+AdaptersOption = Annotated[
+    bool,
+    typer.Option(
+        "--adapters-only",
+        rich_help_panel=_OUT_PANEL,
+        help="Save only what the conversion adds, a few MB; `attnconvert merge` makes the full checkpoint of it later.",
+    ),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", rich_help_panel=_RUN_PANEL, help="Continue an interrupted run; the result is the same as without the interruption.")
+]
+SkipOption = Annotated[
+    bool, typer.Option("--skip-evaluation", rich_help_panel=_RUN_PANEL, help="Do not measure the result; `attnconvert evaluate-converted` can do it later.")
+]
+SeedOption = Annotated[
+    int | None, typer.Option(metavar="N", rich_help_panel=_RUN_PANEL, show_default="the recipe's", help="Seed of data order, initialisation and evaluation.")
+]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="DEVICE", rich_help_panel=_MACHINE_PANEL, help="auto, cpu, cuda or cuda:N. auto takes the GPU if there is one.")
+]
 DtypeOption = Annotated[
-    str, typer.Option(metavar="DTYPE", rich_help_panel=_MACHINE_PANEL, help="Weights in auto (as stored), fp32, bf16 or fp16. The new attention's state is fp32 always.")
+    str,
+    typer.Option(
+        metavar="DTYPE", rich_help_panel=_MACHINE_PANEL, help="Weights in auto (as stored), fp32, bf16 or fp16. The new attention's state is fp32 always."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", rich_help_panel=_OUT_PANEL, help="Print the result as JSON on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUT_PANEL, help="No plan, no progress; only the result and errors.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", rich_help_panel=_OUT_PANEL, help="Let transformers, peft and datasets print their own messages too.")]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", rich_help_panel=_OUT_PANEL, help="Let transformers, peft and datasets print their own messages too.")
+]
 
 
 def _examples(*lines: str) -> str:
@@ -160,7 +187,14 @@ def convert(
     model: Model,
     recipe: Annotated[
         str,
-        typer.Option("--recipe", "-r", metavar="NAME|FILE", rich_help_panel=_MODEL_PANEL, show_default=False, help="A recipe of `attnconvert recipes list`, or a YAML file."),
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="NAME|FILE",
+            rich_help_panel=_MODEL_PANEL,
+            show_default=False,
+            help="A recipe of `attnconvert recipes list`, or a YAML file.",
+        ),
     ],
     set_: SetOption = None,
     revision: RevisionOption = None,
@@ -281,7 +315,9 @@ def _shown(path: Path) -> str:
 
 @app.command(
     rich_help_panel=_CONVERT,
-    epilog=_examples("attnconvert plan demo --recipe hedgehog", "attnconvert plan HuggingFaceTB/SmolLM2-135M-Instruct --recipe hedgehog-mixed --set keep.fraction=0.5 --json"),
+    epilog=_examples(
+        "attnconvert plan demo --recipe hedgehog", "attnconvert plan HuggingFaceTB/SmolLM2-135M-Instruct --recipe hedgehog-mixed --set keep.fraction=0.5 --json"
+    ),
 )
 def plan(
     model: Model,
@@ -306,12 +342,21 @@ def plan(
         _say(f"note: {note}")
 
 
-@app.command(rich_help_panel=_CONVERT, epilog=_examples("attnconvert merge my-adapters --out my-model", "attnconvert merge my-adapters --out my-model --base ./copy-of-the-base-model"))
+@app.command(
+    rich_help_panel=_CONVERT,
+    epilog=_examples("attnconvert merge my-adapters --out my-model", "attnconvert merge my-adapters --out my-model --base ./copy-of-the-base-model"),
+)
 def merge(
     adapters: Annotated[Path, typer.Argument(metavar="DIR", show_default=False, help="A folder written with --adapters-only.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", show_default=False, rich_help_panel=_OUT_PANEL, help="Folder to create.")],
     base: Annotated[
-        str | None, typer.Option(metavar="MODEL", rich_help_panel=_MODEL_PANEL, show_default="as recorded", help="The base model, if it is called otherwise here: Hub id or local directory.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            rich_help_panel=_MODEL_PANEL,
+            show_default="as recorded",
+            help="The base model, if it is called otherwise here: Hub id or local directory.",
+        ),
     ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -345,12 +390,24 @@ def evaluate_converted(
     folder: Folder,
     against: Annotated[
         str | None,
-        typer.Option(metavar="TEACHER", rich_help_panel=_MODEL_PANEL, show_default="the model that was converted", help="What to compare with: Hub id, directory, or `none`."),
+        typer.Option(
+            metavar="TEACHER",
+            rich_help_panel=_MODEL_PANEL,
+            show_default="the model that was converted",
+            help="What to compare with: Hub id, directory, or `none`.",
+        ),
     ] = None,
-    tokens: Annotated[str | None, typer.Option(metavar="N", rich_help_panel=_RUN_PANEL, show_default="the recipe's", help="Held-out tokens, e.g. 200k.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="N", rich_help_panel=_RUN_PANEL, show_default="the recipe's", help="Held-out tokens, e.g. 200k.")
+    ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="SRC", rich_help_panel=_RUN_PANEL, show_default="the documents held out of training", help="Other text: a file or folder, or a `datasets` id."),
+        typer.Option(
+            metavar="SRC",
+            rich_help_panel=_RUN_PANEL,
+            show_default="the documents held out of training",
+            help="Other text: a file or folder, or a `datasets` id.",
+        ),
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -394,7 +451,9 @@ def generate(
     model: Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="A converted checkpoint; or any model that `linearize` takes.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False, help="Text to continue; `-` reads it from standard input.")],
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_RUN_PANEL, help="Stop after this many tokens.")] = 100,
-    temperature: Annotated[float, typer.Option(metavar="T", min=0.0, rich_help_panel=_RUN_PANEL, help="0 = always the most likely token; higher = more varied.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", min=0.0, rich_help_panel=_RUN_PANEL, help="0 = always the most likely token; higher = more varied.")
+    ] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", rich_help_panel=_RUN_PANEL, help="Use the model's chat template.")] = False,
     seed: Annotated[int, typer.Option(metavar="N", rich_help_panel=_RUN_PANEL, help="Seed of the draws, with --temperature.")] = 0,
     device: DeviceOption = "auto",
@@ -418,7 +477,14 @@ def generate(
 
         loaded = load_saved(model, dtype=dtype, device=_resolved(device))
         made = generate_text(
-            loaded.model, loaded.tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat, seed=seed, on_text=None if as_json else write
+            loaded.model,
+            loaded.tokenizer,
+            text,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            chat=chat,
+            seed=seed,
+            on_text=None if as_json else write,
         )
     if as_json:
         _print_json(made.to_dict())
@@ -445,7 +511,16 @@ def methods(
     found = [registry.get(method) for method in ([name] if name is not None else registry.available())]
     if as_json:
         _print_json(
-            [{"name": m.name, "family": m.family, "summary": m.summary, "paper": m.paper, "options": [option.__dict__ for option in method_options(m.config)]} for m in found]
+            [
+                {
+                    "name": m.name,
+                    "family": m.family,
+                    "summary": m.summary,
+                    "paper": m.paper,
+                    "options": [option.__dict__ for option in method_options(m.config)],
+                }
+                for m in found
+            ]
         )
         return
     from rich import box
@@ -514,7 +589,9 @@ def _accepted(annotation: Any, bounds: Sequence[Any]) -> str:
 app.add_typer(recipes_app, name="recipes", rich_help_panel=_INFORM)
 
 
-@recipes_app.callback(invoke_without_command=True, epilog=_examples("attnconvert recipes", "attnconvert recipes show hedgehog > my.yaml", "attnconvert recipes validate my.yaml"))
+@recipes_app.callback(
+    invoke_without_command=True, epilog=_examples("attnconvert recipes", "attnconvert recipes show hedgehog > my.yaml", "attnconvert recipes validate my.yaml")
+)
 def _recipes(ctx: typer.Context) -> None:
     if ctx.invoked_subcommand is None:
         list_recipes()
@@ -527,7 +604,9 @@ def list_recipes(as_json: JsonOption = False) -> None:
 
     recipes = [load.load_recipe(name).recipe for name in load.list_recipes()]
     if as_json:
-        _print_json([{"name": recipe.name, "description": recipe.description, "methods": list(recipe.methods), "reference": recipe.reference} for recipe in recipes])
+        _print_json(
+            [{"name": recipe.name, "description": recipe.description, "methods": list(recipe.methods), "reference": recipe.reference} for recipe in recipes]
+        )
         return
     from rich import box
     from rich.table import Table
@@ -637,6 +716,8 @@ class RunUi:
 
     def on_phase(self, name: str) -> None:
         """A new part of the conversion begins."""
+        if self._progress is not None and "eval" in self._tasks:  # the bars of training stay, this one has done its service
+            self._progress.remove_task(self._tasks.pop("eval"))
         if not self.quiet:
             self._print(name)
 
@@ -672,8 +753,9 @@ class RunUi:
         share = done / total if total else 1.0
         # A run of hours writes a line every few minutes; a part of a measurement that takes a moment says nothing at all.
         pause = max(_SECONDS_BETWEEN_LINES, 0.02 * (now - started))
-        finished = done == total and (key != "eval" or now - started >= 2.0)
-        if finished or now - last_time >= pause or (share - last_share >= 0.1 and now - last_time >= 1.0 and done < total):
+        tenth = key != "eval" and share - last_share >= 0.1 and now - last_time >= 1.0
+        finished = key != "eval" or now - started >= 5.0
+        if finished if done == total else tenth or now - last_time >= pause:
             self._last[shown] = (share, now)
             left = f", {_duration((now - started) * (total - done) / done)} left" if 0 < done < total and now > started else ""
             self._print(f"{shown}: {done}/{total}{', ' if facts else ''}{facts}{left}")
@@ -805,7 +887,11 @@ def _resolved(device: str) -> str:
     if device.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(device.partition(":")[2] or 0) >= count:
-            raise AttnConvertError("no-gpu", f"there is no {device!r} here: torch sees {count} GPU(s)", hint="`attnconvert doctor` says what this machine has; --device cpu works without a GPU")
+            raise AttnConvertError(
+                "no-gpu",
+                f"there is no {device!r} here: torch sees {count} GPU(s)",
+                hint="`attnconvert doctor` says what this machine has; --device cpu works without a GPU",
+            )
     return device
 
 

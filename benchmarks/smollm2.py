@@ -85,7 +85,15 @@ def run_row(args: argparse.Namespace, row: str) -> dict[str, Any]:
     data = cached_data(args, loaded.tokenizer, args.pool or budget)
     student = loaded.model
     run_dir = Path(args.cache) / f"run-{variant}-{tokens}"
-    run = RunContext(run_dir, seed=args.seed, device=device, precision="bf16" if device.type == "cuda" else "fp32", compile=device.type == "cuda", checkpoint_every=10**6, progress=Log(row))
+    run = RunContext(
+        run_dir,
+        seed=args.seed,
+        device=device,
+        precision="bf16" if device.type == "cuda" else "fp32",
+        compile=device.type == "cuda",
+        checkpoint_every=10**6,
+        progress=Log(row),
+    )
     began = time.perf_counter()
     stages: list[StageResult] = []
     kept: list[int] = []
@@ -110,7 +118,10 @@ def run_row(args: argparse.Namespace, row: str) -> dict[str, Any]:
     stages.append(run_finetune(adapted, cores, data.train, recipe.stages.finetune, run))
     seconds = time.perf_counter() - began
     if row.endswith("!"):
-        torch.save({name: p.detach().cpu() for name, p in adapted.named_parameters() if "lora_" in name or ".core." in name}, Path(args.out) / f"adapters-{variant}-{tokens}.pt")
+        torch.save(
+            {name: p.detach().cpu() for name, p in adapted.named_parameters() if "lora_" in name or ".core." in name},
+            Path(args.out) / f"adapters-{variant}-{tokens}.pt",
+        )
     merge_lora(adapted)
     teacher = load_model(prepared.source, dtype="auto", device=args.device).model
     ablations = {"linear branch zeroed": lambda: zeroed_linear_branch(student)} if any(getattr(core, "linear", False) for core in cores.values()) else {}
@@ -118,7 +129,10 @@ def run_row(args: argparse.Namespace, row: str) -> dict[str, Any]:
     context = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
     with context:
         report = evaluate_models(student, teacher, loaded.tokenizer, data.eval, config, device=device, window=64, ablations=ablations)
-    quality = {q.name: {"ppl": q.ppl.value, "kl": None if q.kl is None else q.kl.value, "agreement": None if q.agreement is None else q.agreement.value} for q in report.quality}
+    quality = {
+        q.name: {"ppl": q.ppl.value, "kl": None if q.kl is None else q.kl.value, "agreement": None if q.agreement is None else q.agreement.value}
+        for q in report.quality
+    }
     passkey: dict[str, dict[str, float]] = {}
     for entry in report.passkey:
         passkey.setdefault(entry.name, {})[str(entry.length)] = entry.accuracy
@@ -166,8 +180,17 @@ def main() -> None:
         path = Path(args.out) / f"{row.rstrip('!').replace(':', '-')}.json"
         hidden = ("--model", "--text", "--heldout", "--out", "--cache", "--one")
         shown = [a for i, a in enumerate(sys.argv[1:], 1) if a not in hidden and sys.argv[i - 1] not in hidden]
-        path.write_text(json.dumps({"meta": meta(f"python benchmarks/smollm2.py --model MODEL --text TEXT --heldout HELDOUT --out OUT {shlex.join(shown)}"), "rows": [result]}, indent=1) + "\n")
-        brief = {k: result[k] for k in ("variant", "tokens", "gpu_seconds", "teacher_ppl", "ppl", "kl", "agreement", "passkey", "teacher_passkey", "ablations", "kept_layers")}
+        path.write_text(
+            json.dumps(
+                {"meta": meta(f"python benchmarks/smollm2.py --model MODEL --text TEXT --heldout HELDOUT --out OUT {shlex.join(shown)}"), "rows": [result]},
+                indent=1,
+            )
+            + "\n"
+        )
+        brief = {
+            k: result[k]
+            for k in ("variant", "tokens", "gpu_seconds", "teacher_ppl", "ppl", "kl", "agreement", "passkey", "teacher_passkey", "ablations", "kept_layers")
+        }
         print("ROW", json.dumps(brief), flush=True)
         return
     waiting, running = list(args.rows), []

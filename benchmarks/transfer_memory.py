@@ -1,6 +1,6 @@
 """Peak memory of attention transfer against sequence length: it must grow linearly, since nothing of size T x T is ever held.
 
-    python benchmarks/transfer_memory.py --model DIR --out FILE [--lengths 2048,8192,32768]
+python benchmarks/transfer_memory.py --model DIR --out FILE [--lengths 2048,8192,32768]
 """
 
 from __future__ import annotations
@@ -47,11 +47,25 @@ def main() -> None:
         config = TransferConfig(tokens=3 * length, length=length, batch_size=1)
         with tempfile.TemporaryDirectory() as folder:
             result = run_transfer(model, cores, data, config, RunContext(Path(folder), device=device, precision="bf16" if device.type == "cuda" else "fp32"))
-        rows.append({"name": "transfer.memory", "T": length, "batch_size": 1, "bytes_peak": result.peak_memory_bytes, "bytes_idle": idle, "seconds_per_step": result.seconds / result.steps})
+        rows.append(
+            {
+                "name": "transfer.memory",
+                "T": length,
+                "batch_size": 1,
+                "bytes_peak": result.peak_memory_bytes,
+                "bytes_idle": idle,
+                "seconds_per_step": result.seconds / result.steps,
+            }
+        )
         print(rows[-1], flush=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    meta = {"command": f"python benchmarks/transfer_memory.py --model MODEL --out FILE --lengths {args.lengths}", "device": name, "date": datetime.date.today().isoformat(), "versions": versions}
+    meta = {
+        "command": f"python benchmarks/transfer_memory.py --model MODEL --out FILE --lengths {args.lengths}",
+        "device": name,
+        "date": datetime.date.today().isoformat(),
+        "versions": versions,
+    }
     Path(args.out).write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
 
 

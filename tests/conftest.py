@@ -19,7 +19,9 @@ FAMILIES = {
     "mistral": lambda: transformers.MistralConfig(**COMMON, sliding_window=8),
     "qwen2": lambda: transformers.Qwen2Config(**COMMON),
     "qwen3": lambda: transformers.Qwen3Config(**COMMON, head_dim=8),
-    "gemma3_text": lambda: transformers.Gemma3TextConfig(**COMMON, head_dim=8, query_pre_attn_scalar=8, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(
+        **COMMON, head_dim=8, query_pre_attn_scalar=8, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
     "phi3": lambda: transformers.Phi3Config(**COMMON),
     "olmo2": lambda: transformers.Olmo2Config(**COMMON),
     "smollm3": lambda: transformers.SmolLM3Config(**COMMON, no_rope_layers=[1, 0, 1]),

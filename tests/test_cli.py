@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from attnconvert import cli, embedded
 from attnconvert.convert import doctor, generate, pipeline
 from attnconvert.convert.load import load_model, resolve
 from attnconvert.errors import AttnConvertError
+from attnconvert.surgery import registry
 from attnconvert.surgery.runtime.cache import CoreCacheLayer
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +61,9 @@ def in_a_process(code: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str], absent: tuple[str, ...]) -> None:
-    done = in_a_process(f"import sys\nfrom attnconvert.cli import main\ncode = main({arguments!r})\nprint('LOADED', [m for m in {absent!r} if m in sys.modules], code)")
+    done = in_a_process(
+        f"import sys\nfrom attnconvert.cli import main\ncode = main({arguments!r})\nprint('LOADED', [m for m in {absent!r} if m in sys.modules], code)"
+    )
     assert done.stdout.splitlines()[-1] == "LOADED [] 0", done.stdout + done.stderr
 
 
@@ -115,14 +119,16 @@ def test_wrong_usage_exits_2_and_says_what_is_accepted(capsys: Capture, argument
 
 
 def test_recipe_typo_exits_1_with_the_place_the_choices_and_the_next_step(capsys: Capture) -> None:
-    Path("my.yaml").write_text("name: mine\nlayers:\n  - match: all\n    method: hedghog\nstages:\n  transfer: {tokens: 1M}\n  finetune: {tokens: 1M, lr: -5}\n")
+    Path("my.yaml").write_text(
+        "name: mine\nlayers:\n  - match: all\n    method: hedghog\nstages:\n  transfer: {tokens: 1M}\n  finetune: {tokens: 1M, lr: -5}\n"
+    )
     code, out, err = run(capsys, "linearize", "demo", "--recipe", "my.yaml")
     assert code == 1
     assert out == ""
     assert err == (
         "error[unknown-method]: unknown method 'hedghog'\n"
         "  --> my.yaml:4  layers.0.method\n"
-        "  expected one of: exact, hedgehog, softmax; did you mean 'hedgehog'?\n"
+        f"  expected one of: {', '.join([*registry.available(), 'softmax'])}; did you mean 'hedgehog'?\n"
         "hint: `attnconvert methods` lists each method with its options\n"
         "error[invalid-value]: -5 is not accepted\n"
         "  --> my.yaml:7  stages.finetune.lr\n"
@@ -397,7 +403,7 @@ def test_output_is_named_after_model_and_recipe(model: str, recipe: str, name: s
 
 
 def _ui(*, terminal: bool, quiet: bool = False) -> tuple[cli.RunUi, Console]:
-    console = Console(force_terminal=terminal, width=120, record=True, file=open(os.devnull, "w"))
+    console = Console(force_terminal=terminal, width=120, record=True, file=io.StringIO())
     return cli.RunUi(console, quiet=quiet), console
 
 

@@ -6,7 +6,17 @@ import torch
 from attnconvert.kernels.linear.reference import attention_weight_loss, feature_map, linear_attention
 
 B, H, G, D, F = 2, 4, 2, 6, 5
-KINDS = [("block", 4, 2), ("sliding", 4, 2), ("block", 8, 0), ("sliding", 3, 1), ("block", 1, 0), ("sliding", 1, 3), ("sliding", 0, 0), ("block", 0, 2), ("block", 64, 4)]
+KINDS = [
+    ("block", 4, 2),
+    ("sliding", 4, 2),
+    ("block", 8, 0),
+    ("sliding", 3, 1),
+    ("block", 1, 0),
+    ("sliding", 1, 3),
+    ("sliding", 0, 0),
+    ("block", 0, 2),
+    ("block", 64, 4),
+]
 
 
 def draw(T, *, heads=G, linear=True, seed=0, dtype=torch.float64):
@@ -24,7 +34,9 @@ def oracle(q, k, v, linear_log_weight, query_map, key_map, query_gate, key_gate,
     n, i = torch.arange(T)[:, None], torch.arange(T)[None]
     s = start[:, :, None]
     p = n - s
-    lo = {"sliding": (p - window_size + 1).clamp_min(0), "block": (p.div(max(window_size, 1), rounding_mode="floor") - 1).clamp_min(0) * window_size}[window_kind]
+    lo = {"sliding": (p - window_size + 1).clamp_min(0), "block": (p.div(max(window_size, 1), rounding_mode="floor") - 1).clamp_min(0) * window_size}[
+        window_kind
+    ]
     if window_size == 0:
         lo = p + 1
     seen = (i <= n) & (i >= s)
@@ -63,7 +75,12 @@ def test_output_and_gradients_equal_the_quadratic_definition(kind, size, sinks, 
         got = linear_attention(**x, **options(kind, size, sinks, reference), start=None if where == "none" else start).output
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
         probe = torch.randn(want.shape, dtype=want.dtype, generator=torch.Generator().manual_seed(3))
-        for a, b, name in zip(torch.autograd.grad((got * probe).sum(), list(x.values()), allow_unused=True, materialize_grads=True), torch.autograd.grad((want * probe).sum(), list(x.values()), allow_unused=True, materialize_grads=True), x, strict=True):
+        for a, b, name in zip(
+            torch.autograd.grad((got * probe).sum(), list(x.values()), allow_unused=True, materialize_grads=True),
+            torch.autograd.grad((want * probe).sum(), list(x.values()), allow_unused=True, materialize_grads=True),
+            x,
+            strict=True,
+        ):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9, msg=lambda m, name=name: f"grad {name}: {m}")
 
 

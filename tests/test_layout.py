@@ -68,6 +68,12 @@ def test_recipes_and_methods_load_without_torch() -> None:
 TRAINING = ("typer", "rich", "peft", "datasets", "accelerate", "attnconvert.distill", "attnconvert.recipes", "attnconvert.convert", "attnconvert.cli")
 
 
+@pytest.fixture(scope="module")
+def loaded_by_transformers() -> set[str]:
+    """What transformers loads by itself, such as accelerate and peft where they are installed; only the rest says something about us."""
+    return set(loaded_after("import torch, transformers, transformers.modeling_utils, transformers.cache_utils", TRAINING))
+
+
 @pytest.mark.parametrize(
     "imports",
     [
@@ -76,10 +82,8 @@ TRAINING = ("typer", "rich", "peft", "datasets", "accelerate", "attnconvert.dist
         "import attnconvert.kernels.linear.reference",
     ],
 )
-def test_reloading_needs_surgery_and_kernels_alone(imports: str) -> None:
-    # accelerate and peft are loaded by transformers itself where they are installed, so only what it does not load says something
-    with_transformers = set(loaded_after("import torch, transformers, transformers.modeling_utils, transformers.cache_utils", TRAINING))
-    assert set(loaded_after(imports, TRAINING)) <= with_transformers
+def test_reloading_needs_surgery_and_kernels_alone(imports: str, loaded_by_transformers: set[str]) -> None:
+    assert set(loaded_after(imports, TRAINING)) <= loaded_by_transformers
 
 
 def test_kernels_load_without_transformers() -> None:

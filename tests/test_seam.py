@@ -18,7 +18,15 @@ ROWS = [[5, 9, 3], [7, 2, 8, 4, 6, 11, 13, 5, 9, 10, 3, 2, 17], [33]]
 def make_plan(model, method="exact", config=None, layers=None):
     sites = find_sites(model.config)
     rows = [
-        LayerPlan(s.layer_idx, s.path, s.num_heads, s.num_key_value_heads, s.head_dim, method if layers is None or s.layer_idx in layers else None, (config or {}) if layers is None or s.layer_idx in layers else {})
+        LayerPlan(
+            s.layer_idx,
+            s.path,
+            s.num_heads,
+            s.num_key_value_heads,
+            s.head_dim,
+            method if layers is None or s.layer_idx in layers else None,
+            (config or {}) if layers is None or s.layer_idx in layers else {},
+        )
         for s in sites
     ]
     return ConversionPlan(model.config.model_type, tuple(rows))
@@ -125,10 +133,28 @@ def test_teacher_mode_and_restored_layers_equal_the_stock_model(teacher):
         assert (student(ids, use_cache=False).logits - want).abs().max() < TOLERANCE
 
 
-HEDGEHOG = {"window": {"kind": "block", "size": 4}, "sinks": 2, "linear": True, "feature_dim": None, "key_map": "per_kv_head", "reference": "absolute", "gates": True, "softmax_weight": 0.1}
+HEDGEHOG = {
+    "window": {"kind": "block", "size": 4},
+    "sinks": 2,
+    "linear": True,
+    "feature_dim": None,
+    "key_map": "per_kv_head",
+    "reference": "absolute",
+    "gates": True,
+    "softmax_weight": 0.1,
+}
 
 
-@pytest.mark.parametrize("change", [{}, {"window": {"kind": "sliding", "size": 4}}, {"window": {"kind": "block", "size": 0}, "sinks": 0}, {"key_map": "per_query_head", "reference": "window_max", "gates": False}, {"linear": False}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"window": {"kind": "sliding", "size": 4}},
+        {"window": {"kind": "block", "size": 0}, "sinks": 0},
+        {"key_map": "per_query_head", "reference": "window_max", "gates": False},
+        {"linear": False},
+    ],
+)
 def test_hedgehog_cached_steps_equal_one_forward(teacher, change):
     student = convert(teacher, method="hedgehog", config=HEDGEHOG | change)
     ids, mask = batch()

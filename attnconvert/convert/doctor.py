@@ -133,7 +133,12 @@ def version_key(version: str) -> tuple[int, ...]:
 
 def _python() -> Check:
     supported = sys.version_info >= (3, 10)
-    return Check("python", "ok" if supported else "missing", f"{platform.python_version()} on {platform.system()} {platform.machine()}", None if supported else "install Python 3.10 or later")
+    return Check(
+        "python",
+        "ok" if supported else "missing",
+        f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        None if supported else "install Python 3.10 or later",
+    )
 
 
 def _package(name: str, low: str, high: str | None) -> Check:
@@ -193,15 +198,29 @@ def _devices(memory: int | None) -> tuple[str, int | None, list[Check]]:
     import torch
 
     cores = os.cpu_count() or 1
-    checks = [Check("CPU", "ok", f"{cores} cores, {torch.get_num_threads()} torch threads, {'unknown' if memory is None else format_bytes(memory)} of memory available")]
+    checks = [
+        Check(
+            "CPU", "ok", f"{cores} cores, {torch.get_num_threads()} torch threads, {'unknown' if memory is None else format_bytes(memory)} of memory available"
+        )
+    ]
     if not torch.cuda.is_available():
         built = torch.version.cuda is not None
-        hint = "torch was built for CUDA but finds no GPU: check the driver with nvidia-smi" if built else "small models convert on a CPU; for larger ones install a CUDA build of torch on a GPU machine"
+        hint = (
+            "torch was built for CUDA but finds no GPU: check the driver with nvidia-smi"
+            if built
+            else "small models convert on a CPU; for larger ones install a CUDA build of torch on a GPU machine"
+        )
         return "cpu", memory, [*checks, Check("GPU", "note", "none", hint)]
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
-        checks.append(Check(f"GPU {index}", "ok", f"{torch.cuda.get_device_name(index)}, {format_bytes(free)} of {format_bytes(total)} free, compute capability {major}.{minor}"))
+        checks.append(
+            Check(
+                f"GPU {index}",
+                "ok",
+                f"{torch.cuda.get_device_name(index)}, {format_bytes(free)} of {format_bytes(total)} free, compute capability {major}.{minor}",
+            )
+        )
         if index == 0:
             memory = free
     bf16 = torch.cuda.is_bf16_supported()
@@ -228,10 +247,16 @@ def _hub() -> list[Check]:
         return []
     cache = Path(constants.HF_HUB_CACHE)
     checks = [Check("Hugging Face cache", "ok", str(cache)), _disk(cache, "free disk, cache")]
-    offline = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]
+    offline = [
+        name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+    ]
     hint = "models and data must be in the cache or given as local paths" if offline else None
     checks.append(Check("offline mode", "note" if offline else "ok", ", ".join(f"{name}={os.environ[name]}" for name in offline) or "off", hint))
-    checks.append(Check("Hugging Face token", "ok", "present") if get_token() else Check("Hugging Face token", "note", "none", "gated and private models need one: hf auth login"))
+    checks.append(
+        Check("Hugging Face token", "ok", "present")
+        if get_token()
+        else Check("Hugging Face token", "note", "none", "gated and private models need one: hf auth login")
+    )
     return checks
 
 
@@ -296,7 +321,15 @@ def self_test(device: str) -> float:
     from attnconvert.surgery.swap import swap
 
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
         initializer_range=0.3,
     )  # weights large enough that attention is sharp and mistakes show
     method = registry.get("hedgehog")

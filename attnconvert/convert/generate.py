@@ -72,7 +72,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     """
     if chat:
         if not getattr(tokenizer, "chat_template", None):
-            raise AttnConvertError("no-chat-template", "the tokenizer has no chat template", hint="leave out --chat: the model continues the prompt as plain text")
+            raise AttnConvertError(
+                "no-chat-template", "the tokenizer has no chat template", hint="leave out --chat: the model continues the prompt as plain text"
+            )
         rendered = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
         ids = tokenizer(rendered, return_tensors="pt", add_special_tokens=False).input_ids
     else:
@@ -129,7 +131,9 @@ def generate_text(
     relay = _Relay(tokenizer, keep)
     torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    )
     start = time.perf_counter()
     with torch.no_grad():
         output = model.generate(

@@ -73,7 +73,9 @@ def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool =
         _check_directory(path)
         return Source(name, str(path), trust_remote_code=trust_remote_code, is_local=True)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
-        raise AttnConvertError("model-not-found", f"there is no model at {name!r}", hint="give a directory with config.json, a .gguf file, a Hub id such as user/name, or `demo`")
+        raise AttnConvertError(
+            "model-not-found", f"there is no model at {name!r}", hint="give a directory with config.json, a .gguf file, a Hub id such as user/name, or `demo`"
+        )
     return Source(name, name, revision=revision, trust_remote_code=trust_remote_code)
 
 
@@ -81,7 +83,11 @@ def _check_directory(path: Path) -> None:
     """Complain about what is missing in a local checkpoint before anything is loaded."""
     if not (path / "config.json").exists():
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
-        hint = f"for GGUF weights name the file: {path / ggufs[0]}" if ggufs else "save the model with save_pretrained, or point to the directory that holds config.json"
+        hint = (
+            f"for GGUF weights name the file: {path / ggufs[0]}"
+            if ggufs
+            else "save the model with save_pretrained, or point to the directory that holds config.json"
+        )
         raise AttnConvertError("model-not-found", f"{str(path)!r} has no config.json", where=str(path), hint=hint)
     index = path / "model.safetensors.index.json"
     if index.exists():
@@ -91,7 +97,12 @@ def _check_directory(path: Path) -> None:
             raise AttnConvertError("corrupt-weights", "the list of weight shards cannot be read", where=str(index), hint="download the model again") from error
         missing = [shard for shard in shards if not (path / shard).exists()]
         if missing:
-            raise AttnConvertError("shard-missing", f"{len(missing)} of {len(shards)} weight shards are missing: {', '.join(missing[:4])}", where=str(index), hint="download the missing files again")
+            raise AttnConvertError(
+                "shard-missing",
+                f"{len(missing)} of {len(shards)} weight shards are missing: {', '.join(missing[:4])}",
+                where=str(index),
+                hint="download the missing files again",
+            )
     elif not (path / "model.safetensors").exists():
         pickles = sorted(p.name for p in path.iterdir() if p.name.startswith(PICKLE_PATTERNS[0]) or p.suffix in PICKLE_PATTERNS[1:])
         if pickles:
@@ -102,7 +113,9 @@ def _check_directory(path: Path) -> None:
                 expected="safetensors weights",
                 hint="convert them in a sandbox: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)",
             )
-        raise AttnConvertError("no-weights", "there are no weights here", where=str(path), expected="model.safetensors, or model.safetensors.index.json with its shards")
+        raise AttnConvertError(
+            "no-weights", "there are no weights here", where=str(path), expected="model.safetensors, or model.safetensors.index.json with its shards"
+        )
 
 
 def load_config(source: Source) -> Any:
@@ -124,7 +137,11 @@ def load_tokenizer(source: Source) -> Any:
             with _explained(source, "tokenizer"):
                 raise
         raise AttnConvertError(
-            "tokenizer-missing", f"no usable tokenizer in {source.name!r}: {_first_line(error)}", where=source.path, expected="tokenizer.json (with tokenizer_config.json)", hint="copy the tokenizer files of the original model there"
+            "tokenizer-missing",
+            f"no usable tokenizer in {source.name!r}: {_first_line(error)}",
+            where=source.path,
+            expected="tokenizer.json (with tokenizer_config.json)",
+            hint="copy the tokenizer files of the original model there",
         ) from error
     return tokenizer
 
@@ -146,7 +163,11 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "cpu") -> L
     tokenizer = load_tokenizer(source)
     with _explained(source, "model"):
         model, info = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=torch.float32 if source.gguf_file and dtype == "auto" else dtypes[dtype], use_safetensors=True, output_loading_info=True, **source.hub_arguments()
+            source.path,
+            dtype=torch.float32 if source.gguf_file and dtype == "auto" else dtypes[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            **source.hub_arguments(),
         )
     for what in ("missing_keys", "mismatched_keys"):
         keys = sorted(str(k) for k in info[what])
@@ -211,27 +232,64 @@ def _explain(error: Exception, source: Source, what: str) -> AttnConvertError | 
 
     name = source.name
     if has(hub.GatedRepoError):
-        return AttnConvertError("gated-model", f"{name!r} is gated: its owner must grant you access", hint=f"accept the conditions on the model's page, then `hf auth login` and run again ({what})")
+        return AttnConvertError(
+            "gated-model",
+            f"{name!r} is gated: its owner must grant you access",
+            hint=f"accept the conditions on the model's page, then `hf auth login` and run again ({what})",
+        )
     if has(hub.RepositoryNotFoundError, hub.HFValidationError):
-        return AttnConvertError("model-not-found", f"there is no model {name!r}, here or on the Hub (or it is private)", hint="check the spelling; for a private model run `hf auth login`; for a local model give its path")
+        return AttnConvertError(
+            "model-not-found",
+            f"there is no model {name!r}, here or on the Hub (or it is private)",
+            hint="check the spelling; for a private model run `hf auth login`; for a local model give its path",
+        )
     if has(hub.RevisionNotFoundError):
-        return AttnConvertError("model-not-found", f"{name!r} has no revision {source.revision!r}", hint="leave --revision out, or copy it from the model's page")
+        return AttnConvertError(
+            "model-not-found", f"{name!r} has no revision {source.revision!r}", hint="leave --revision out, or copy it from the model's page"
+        )
     if has(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) or "couldn't connect" in text.lower() or "offline mode" in text.lower():
-        return AttnConvertError("offline", f"cannot reach the Hub for {name!r}, and it is not in the local cache", hint="check the network and HF_HUB_OFFLINE, or give a local directory")
+        return AttnConvertError(
+            "offline",
+            f"cannot reach the Hub for {name!r}, and it is not in the local cache",
+            hint="check the network and HF_HUB_OFFLINE, or give a local directory",
+        )
     if has(SafetensorError):
-        return AttnConvertError("corrupt-weights", f"the weights cannot be read: {_first_line(error)}", where=name, expected="complete safetensors files", hint="the download was cut or is a Git LFS pointer: download the model again")
+        return AttnConvertError(
+            "corrupt-weights",
+            f"the weights cannot be read: {_first_line(error)}",
+            where=name,
+            expected="complete safetensors files",
+            hint="the download was cut or is a Git LFS pointer: download the model again",
+        )
     if "does not appear to have a file named" in text or "no file named" in text.lower() or has(FileNotFoundError):
-        return AttnConvertError("no-weights", f"{name!r} has no safetensors weights: {_first_line(error)}", hint="attnconvert reads safetensors only; convert other formats with transformers first")
+        return AttnConvertError(
+            "no-weights",
+            f"{name!r} has no safetensors weights: {_first_line(error)}",
+            hint="attnconvert reads safetensors only; convert other formats with transformers first",
+        )
     if "trust_remote_code" in text:
         return AttnConvertError("remote-code", f"{name!r} needs code from its repository", hint="read that code, then run again with --trust-remote-code")
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
-        return AttnConvertError("unknown-architecture", f"this transformers does not know the architecture of {name!r}: {_first_line(error)}", hint="upgrade transformers, or check that config.json is the model's own")
+        return AttnConvertError(
+            "unknown-architecture",
+            f"this transformers does not know the architecture of {name!r}: {_first_line(error)}",
+            hint="upgrade transformers, or check that config.json is the model's own",
+        )
     if "Unrecognized configuration class" in text:
-        return AttnConvertError("not-a-causal-lm", f"{name!r} is not a causal language model", expected="a decoder-only model", hint="give a model with a ForCausalLM architecture")
+        return AttnConvertError(
+            "not-a-causal-lm", f"{name!r} is not a causal language model", expected="a decoder-only model", hint="give a model with a ForCausalLM architecture"
+        )
     if "size mismatch" in text or "ignore_mismatched_sizes" in text:
-        return AttnConvertError("shape-mismatch", f"the weights do not fit config.json: {_first_line(error)}", where=name, hint="the weights belong to another model than config.json says")
+        return AttnConvertError(
+            "shape-mismatch",
+            f"the weights do not fit config.json: {_first_line(error)}",
+            where=name,
+            hint="the weights belong to another model than config.json says",
+        )
     if what == "config" and (isinstance(error, (OSError, ValueError)) or "Validation" in type(error).__name__):
-        return AttnConvertError("bad-config", f"the configuration of {name!r} cannot be read: {_first_line(error)}", where=source.path, hint="check config.json")
+        return AttnConvertError(
+            "bad-config", f"the configuration of {name!r} cannot be read: {_first_line(error)}", where=source.path, hint="check config.json"
+        )
     if isinstance(error, OSError):
         return AttnConvertError("cannot-load", f"cannot load {name!r}: {_first_line(error)}", where=source.path)
     return None

@@ -118,12 +118,20 @@ def read_adapters(folder: Path) -> Adapters:
     path = Path(folder) / FACTS_FILE
     if not path.is_file():
         raise AttnConvertError(
-            "not-adapters", f"{str(folder)!r} has no {FACTS_FILE}", expected="a folder written with `--adapters-only`", hint="a full checkpoint needs no merging"
+            "not-adapters",
+            f"{str(folder)!r} has no {FACTS_FILE}",
+            expected="a folder written with `--adapters-only`",
+            hint="a full checkpoint needs no merging",
         )
     try:
         return Adapters.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
-        raise AttnConvertError("not-adapters", f"{FACTS_FILE} cannot be read: {error}", where=str(path), hint="write the adapters again, or use the attnconvert version that wrote them") from error
+        raise AttnConvertError(
+            "not-adapters",
+            f"{FACTS_FILE} cannot be read: {error}",
+            where=str(path),
+            hint="write the adapters again, or use the attnconvert version that wrote them",
+        ) from error
 
 
 def load_merged(folder: Path, *, base: str | None = None) -> Merged:
@@ -170,7 +178,9 @@ def load_merged(folder: Path, *, base: str | None = None) -> Merged:
         # On the CPU and in fp32 by name: peft would pick the GPU.
         wrapped = peft.PeftModel.from_pretrained(loaded.model, str(folder), torch_device="cpu")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise AttnConvertError("corrupt-weights", f"the adapters cannot be read: {str(error).splitlines()[0]}", where=str(folder), hint="copy the whole folder again") from error
+        raise AttnConvertError(
+            "corrupt-weights", f"the adapters cannot be read: {str(error).splitlines()[0]}", where=str(folder), hint="copy the whole folder again"
+        ) from error
     # peft only warns about adapters that are missing from the file.
     saved = load_file(folder / "adapter_model.safetensors")
     if any(not torch.equal(saved.get(f"base_model.model.{name}", torch.empty(0)), weight) for name, weight in adapter_state(wrapped).items()):

@@ -168,7 +168,10 @@ def prepare(
         raise AttnConvertError("already-converted", f"{model!r} was converted before", hint="convert the original model with the recipe you want")
     if source.gguf_file is None and getattr(config, "quantization_config", None) is not None:
         raise AttnConvertError(
-            "quantized-model", f"the weights of {model!r} are quantized, and adapters cannot be merged into them", expected="fp32, bf16 or fp16 weights", hint="convert the original model, then quantize"
+            "quantized-model",
+            f"the weights of {model!r} are quantized, and adapters cannot be merged into them",
+            expected="fp32, bf16 or fp16 weights",
+            hint="convert the original model, then quantize",
         )
     sites = find_sites(config)
     plan = build_plan(loaded.recipe, config, sites)
@@ -194,14 +197,20 @@ def _check_family(loaded: LoadedRecipe, family: str) -> None:
             f"recipe {loaded.recipe.name!r} uses {', '.join(other)}, which `attnconvert {family}` does not do",
             where=str(loaded.source_path),
             expected=f"methods of the family {family}: {', '.join(name for name in registry.available() if registry.get(name).family == family) or 'none'}",
-            hint="`attnconvert convert` takes any recipe" if belongs == "none" else f"use `attnconvert {belongs}`, or `attnconvert convert`, which takes any recipe",
+            hint="`attnconvert convert` takes any recipe"
+            if belongs == "none"
+            else f"use `attnconvert {belongs}`, or `attnconvert convert`, which takes any recipe",
         )
 
 
 def _check_lengths(loaded: LoadedRecipe, config: Any) -> None:
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     recipe = loaded.recipe
-    lengths = {"stages.transfer.length": recipe.stages.transfer.length, "stages.finetune.length": recipe.stages.finetune.length, "evaluate.length": recipe.evaluate.length}
+    lengths = {
+        "stages.transfer.length": recipe.stages.transfer.length,
+        "stages.finetune.length": recipe.stages.finetune.length,
+        "evaluate.length": recipe.evaluate.length,
+    }
     for where, length in lengths.items():
         if limit is not None and length > limit:
             raise AttnConvertError(
@@ -323,7 +332,9 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise AttnConvertError("run-in-use", "another process is working on this run", where=str(folder), hint="wait for it, or choose another output folder") from error
+            raise AttnConvertError(
+                "run-in-use", "another process is working on this run", where=str(folder), hint="wait for it, or choose another output folder"
+            ) from error
         yield
 
 
@@ -454,16 +465,24 @@ def _check_start(prepared: Prepared, options: RunOptions, settings: Mapping[str,
     elif _has_checkpoint(folder) and not options.overwrite:
         what = "cannot be read" if options.resume else "was interrupted"
         raise AttnConvertError(
-            "unfinished-run", f"a run into this folder {what}", where=str(folder), hint="start afresh with --overwrite" if options.resume else "go on with --resume, or start afresh with --overwrite"
+            "unfinished-run",
+            f"a run into this folder {what}",
+            where=str(folder),
+            hint="start afresh with --overwrite" if options.resume else "go on with --resume, or start afresh with --overwrite",
         )
     parent = next(path for path in out.parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise AttnConvertError("cannot-write", f"no permission to write in {str(parent)!r}" if parent.is_dir() else f"{str(parent)!r} is not a folder", where=str(out))
+        raise AttnConvertError(
+            "cannot-write", f"no permission to write in {str(parent)!r}" if parent.is_dir() else f"{str(parent)!r} is not a folder", where=str(out)
+        )
     needed = _disk_bytes(prepared, options)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise AttnConvertError(
-            "disk-full", f"{free / _GIB:.2f} GiB are free, but the conversion writes about {needed / _GIB:.2f} GiB", where=str(parent), hint="make room, or choose an output folder on another disk"
+            "disk-full",
+            f"{free / _GIB:.2f} GiB are free, but the conversion writes about {needed / _GIB:.2f} GiB",
+            where=str(parent),
+            hint="make room, or choose an output folder on another disk",
         )
     return record
 
@@ -522,7 +541,11 @@ def _finished(out: Path, settings: Mapping[str, Any], options: RunOptions) -> Co
     report = out / "report.json"
     evaluation = json.loads(report.read_text(encoding="utf-8"))["evaluation"] if report.is_file() else None
     return ConversionResult(
-        out, None if evaluation is None else EvalReport.from_dict(evaluation), record.results(), ConversionPlan.from_dict(record.plan), sum(record.seconds.values())
+        out,
+        None if evaluation is None else EvalReport.from_dict(evaluation),
+        record.results(),
+        ConversionPlan.from_dict(record.plan),
+        sum(record.seconds.values()),
     )
 
 
@@ -639,7 +662,14 @@ def _train_and_save(job: _Job, folder: Path, texts: _Texts) -> None:
         if options.adapters_only:
             with job.phase("save"):
                 adapters = Adapters(
-                    plan, prepared.source.name, prepared.source.revision, base_hash, options.dtype, str(dtype).removeprefix("torch."), prepared.recipe.resolved, versions()
+                    plan,
+                    prepared.source.name,
+                    prepared.source.revision,
+                    base_hash,
+                    options.dtype,
+                    str(dtype).removeprefix("torch."),
+                    prepared.recipe.resolved,
+                    versions(),
                 )
                 save_adapters(
                     wrapped,
@@ -751,11 +781,8 @@ def load_converted(path: Path, *, dtype: str = "auto") -> Any:
         path: a folder written by a conversion.
         dtype: as transformers' `dtype`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from attnconvert.surgery.runtime.modeling import MODEL_TYPE, AttnConvertConfig
-
-    AutoConfig.register(MODEL_TYPE, AttnConvertConfig, exist_ok=True)
     return AutoModelForCausalLM.from_pretrained(str(path), trust_remote_code=False, dtype=dtype).eval().requires_grad_(False)
 
 
@@ -851,7 +878,16 @@ def run_same_data_baseline(prepared: Prepared, options: RunOptions, ui: RunUI) -
         with job.phase("evaluate"):
             teacher = _on_device(load_model(prepared.source, dtype=options.dtype).model, job)
             report = evaluate_models(
-                student, teacher, tokenizer, texts.eval, recipe.evaluate.model_copy(update={"passkey_trials": 0}), device=device, window=None, ablations={}, progress=ui.on_eval, seed=seed
+                student,
+                teacher,
+                tokenizer,
+                texts.eval,
+                recipe.evaluate.model_copy(update={"passkey_trials": 0}),
+                device=device,
+                window=None,
+                ablations={},
+                progress=ui.on_eval,
+                seed=seed,
             )
     return replace(report.quality_of("student"), name="teacher, same data", kind="other")
 
@@ -870,7 +906,10 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA fails an assertion
         raise AttnConvertError(
-            "unknown-device", f"device {name!r} cannot be used: {str(error).splitlines()[0]}", expected="auto, cpu, cuda or cuda:N", hint="`attnconvert doctor` lists what this machine has"
+            "unknown-device",
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}",
+            expected="auto, cpu, cuda or cuda:N",
+            hint="`attnconvert doctor` lists what this machine has",
         ) from error
     return device
 
@@ -923,7 +962,12 @@ def _explained_memory(job: _Job) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise AttnConvertError("out-of-memory", f"the model does not fit on {job.device}", where=str(error).splitlines()[0][:200], hint="use a larger GPU, or `--device cpu`; then --resume") from error
+        raise AttnConvertError(
+            "out-of-memory",
+            f"the model does not fit on {job.device}",
+            where=str(error).splitlines()[0][:200],
+            hint="use a larger GPU, or `--device cpu`; then --resume",
+        ) from error
 
 
 def versions() -> dict[str, str]:

@@ -135,7 +135,12 @@ def _check_stages(recipe: Recipe, plan: ConversionPlan) -> None:
                 hint="`--set stages.transfer.loss=output`, or skip the stage with `--set stages.transfer.tokens=0`",
             )
     if plan.num_kept_later and not transfer.tokens and not recipe.stages.finetune.tokens:
-        raise AttnConvertError("keep-unmeasurable", "keep.fraction chooses layers by measurement, but no stage reads any text", where="keep.fraction", hint="name the layers with keep.layers, or give a stage some tokens")
+        raise AttnConvertError(
+            "keep-unmeasurable",
+            "keep.fraction chooses layers by measurement, but no stage reads any text",
+            where="keep.fraction",
+            hint="name the layers with keep.layers, or give a stage some tokens",
+        )
     if plan.num_kept_later and plan.keep_by == "layer_error":
         measured = [row for row, core in cores if _num_parameters(core)] if transfer.tokens else []
         if len(measured) < plan.num_kept_later:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import attnconvert
 from attnconvert.convert.evaluate import EvalProgress, EvalReport, evaluate_models
 from attnconvert.convert.load import Loaded, load_model, resolve
 from attnconvert.convert.merge import load_merged
@@ -58,15 +59,11 @@ def load_saved(name: str, *, dtype: str = "auto", device: str = "cpu", base: str
     Raises:
         AttnConvertError: those of `load.load_model` and `merge.load_merged`; also `missing-tensors` and `unknown-plan`.
     """
-    from transformers import AutoConfig
-
-    from attnconvert.surgery.runtime.modeling import MODEL_TYPE, AttnConvertConfig
-
     folder = Path(name).expanduser()
     if (folder / FACTS_FILE).is_file():
         merged = load_merged(folder, base=base)
         return Loaded(merged.model.to(device), merged.tokenizer, merged.source)
-    AutoConfig.register(MODEL_TYPE, AttnConvertConfig, exist_ok=True)
+    attnconvert.register()
     try:
         return load_model(resolve(name), dtype=dtype, device=device)
     except ValueError as error:  # what the runtime, which travels with checkpoints and has no AttnConvertError, says of a broken one

@@ -41,7 +41,9 @@ class OptimizerConfig(StageConfig):
     tokens: TokenCount = Field(description="training tokens of this stage; 0 skips it. Accepts 500k, 2M, 1.5B.")
     length: int = Field(default=1024, ge=16, description="tokens per training sequence")
     batch_size: int = Field(default=8, ge=1, description="sequences per optimizer step")
-    micro_batch_size: int | None = Field(default=None, ge=1, description="sequences per forward pass; null = batch_size. Does not change the result beyond rounding.")
+    micro_batch_size: int | None = Field(
+        default=None, ge=1, description="sequences per forward pass; null = batch_size. Does not change the result beyond rounding."
+    )
     lr: float = Field(gt=0, description="peak learning rate")
     final_lr_ratio: float = Field(default=0.02, ge=0, le=1, description="learning rate at the end, as a share of the peak")
     warmup_steps: int = Field(default=20, ge=0, description="optimizer steps of linear warm-up")
@@ -69,7 +71,10 @@ class TransferConfig(OptimizerConfig):
         default="output",
         description="output: squared error of the attention output; weights: cross-entropy against the teacher's attention weights (Hedgehog paper)",
     )
-    relative: bool = Field(default=True, description="divide each layer's output error by the teacher output's power, so that every layer counts alike; false = raw MSE x 1000 / layers (LoLCATs)")
+    relative: bool = Field(
+        default=True,
+        description="divide each layer's output error by the teacher output's power, so that every layer counts alike; false = raw MSE x 1000 / layers (LoLCATs)",
+    )
 
 
 class LoraConfig(StageConfig):
@@ -78,7 +83,9 @@ class LoraConfig(StageConfig):
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: tuple[Literal["q", "k", "v", "o", "mlp"], ...] = Field(default=("q", "k", "v", "o"), min_length=1, description="which projections get adapters; a fused qkv projection is taken when any of q, k, v is named")
+    targets: tuple[Literal["q", "k", "v", "o", "mlp"], ...] = Field(
+        default=("q", "k", "v", "o"), min_length=1, description="which projections get adapters; a fused qkv projection is taken when any of q, k, v is named"
+    )
 
 
 class FinetuneConfig(OptimizerConfig):
@@ -101,18 +108,28 @@ class FinetuneConfig(OptimizerConfig):
 class DataConfig(StageConfig):
     """Where the text comes from. Train and eval never share a document (split by content hash)."""
 
-    source: str = Field(default="embedded", description="`embedded` (about 1 MB of text inside the package), a .txt/.jsonl/.jsonl.gz/.parquet file or a folder of them (other files in it are ignored), or a `datasets` id such as user/name (streamed)")
+    source: str = Field(
+        default="embedded",
+        description="`embedded` (about 1 MB of text inside the package), a .txt/.jsonl/.jsonl.gz/.parquet file or a folder of them (other files in it are ignored), or a `datasets` id such as user/name (streamed)",
+    )
     subset: str | None = Field(default=None, description="configuration name of a `datasets` id")
     split: str = Field(default="train", description="split of a `datasets` id")
     revision: str | None = Field(default=None, description="revision of a `datasets` id")
     text_field: str = Field(default="text", description="the column that holds the text (.jsonl, .parquet, datasets)")
     align: int = Field(
-        default=1, ge=1, description="cut training documents to a multiple of this many tokens (shorter ones are dropped): packed documents then start where window blocks and kernel tiles do, which halves the work of a layer; 1 = keep every token"
+        default=1,
+        ge=1,
+        description="cut training documents to a multiple of this many tokens (shorter ones are dropped): packed documents then start where window blocks and kernel tiles do, which halves the work of a layer; 1 = keep every token",
     )
     recall: float = Field(
-        default=0.0, ge=0, lt=1, description="share of training rows that are synthetic recall documents (facts in ordinary text, asked for later), which give long-range branches a reason to remember; 0 = none"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of training rows that are synthetic recall documents (facts in ordinary text, asked for later), which give long-range branches a reason to remember; 0 = none",
     )
-    eval_source: str | None = Field(default=None, description="held-out text, same forms as source; null = documents of source whose hash falls into eval_fraction")
+    eval_source: str | None = Field(
+        default=None, description="held-out text, same forms as source; null = documents of source whose hash falls into eval_fraction"
+    )
     eval_fraction: float = Field(default=0.05, gt=0, lt=0.9, description="share of the documents of source held out when eval_source is null")
 
 

@@ -207,7 +207,9 @@ def load_data(
     assert min(length, eval_length) >= 2, "a row has a next token"
     if length % config.align:
         raise AttnConvertError(
-            "data-align", f"training rows of {length} tokens are not a multiple of data.align ({config.align})", expected=f"a length such as {-(-length // config.align) * config.align}, or data.align: 1"
+            "data-align",
+            f"training rows of {length} tokens are not a multiple of data.align ({config.align})",
+            expected=f"a length such as {-(-length // config.align) * config.align}, or data.align: 1",
         )
     assert min(num_train_tokens, num_eval_tokens) >= 0, "budgets are checked by the recipe"
     train, held_out = _Packer(tokenizer, length, num_train_tokens, config.align), _Packer(tokenizer, eval_length, num_eval_tokens)

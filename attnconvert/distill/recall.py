@@ -20,9 +20,27 @@ if TYPE_CHECKING:
     from attnconvert.distill.data import PackedRows
 
 _SYLLABLES = tuple(a + b for a in ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "st", "tr") for b in ("a", "e", "i", "o", "u"))
-_NOUNS = ("code", "badge number", "serial number", "extension", "room", "locker", "ticket number", "account", "address", "reference", "nickname", "licence plate")
+_NOUNS = (
+    "code",
+    "badge number",
+    "serial number",
+    "extension",
+    "room",
+    "locker",
+    "ticket number",
+    "account",
+    "address",
+    "reference",
+    "nickname",
+    "licence plate",
+)
 _FACTS = ("The {noun} of {name} is {value}.", "{name} has the {noun} {value}.", "Note that {name}'s {noun} is {value}.", "{noun} of {name}: {value}")
-_QUERIES = ("Which {noun} does {name} have? {name} has the {noun} {value}.", "Again, the {noun} of {name} is {value}.", "Question: {noun} of {name}? Answer: {value}.", "{noun} of {name}: {value}")
+_QUERIES = (
+    "Which {noun} does {name} have? {name} has the {noun} {value}.",
+    "Again, the {noun} of {name} is {value}.",
+    "Question: {noun} of {name}? Answer: {value}.",
+    "{noun} of {name}: {value}",
+)
 _MIN_FACTS, _MAX_FACTS = 3, 8
 
 

@@ -21,7 +21,10 @@ def _sources() -> dict[str, str]:
     for entry in metadata.entry_points(group="attnconvert.methods"):
         if entry.name in found:
             raise AttnConvertError(
-                "duplicate-method", f"method {entry.name!r} is defined twice", where=f"{found[entry.name]} and entry point {entry.value}", hint="uninstall one of the packages"
+                "duplicate-method",
+                f"method {entry.name!r} is defined twice",
+                where=f"{found[entry.name]} and entry point {entry.value}",
+                hint="uninstall one of the packages",
             )
         found[entry.name] = entry.value
     return found

@@ -97,7 +97,28 @@ def find_sites(config: Any) -> list[Site]:
 
 _PROBE = "attnconvert_probe"
 # families with a CausalLM head that are encoders all the same: they load with a random head and no causal mask
-_ENCODERS = frozenset({"albert", "bert", "bert-generation", "big_bird", "camembert", "convbert", "data2vec-text", "electra", "ernie", "megatron-bert", "mobilebert", "modernbert", "roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"})
+_ENCODERS = frozenset(
+    {
+        "albert",
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "camembert",
+        "convbert",
+        "data2vec-text",
+        "electra",
+        "ernie",
+        "megatron-bert",
+        "mobilebert",
+        "modernbert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roformer",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -39,7 +39,12 @@ def swap(model: Any, plan: ConversionPlan) -> SwapReport:
     modules = dict(model.named_modules())
     for row in plan.layers:
         if row.path not in modules:
-            raise AttnConvertError("plan-mismatch", f"the model has no module {row.path!r}", where=f"layer {row.layer_idx} of the plan", hint="make the plan from this model's own config")
+            raise AttnConvertError(
+                "plan-mismatch",
+                f"the model has no module {row.path!r}",
+                where=f"layer {row.layer_idx} of the plan",
+                hint="make the plan from this model's own config",
+            )
     before = list(model.state_dict())
     base, base_config = type(model), type(model.config)
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "transformers_version", "auto_map")}

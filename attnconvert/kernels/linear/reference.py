@@ -196,7 +196,23 @@ def linear_attention(
     """
     with torch.autocast(q.device.type, enabled=False):
         return _linear_attention(
-            q, k, v, window_size, window_kind, num_sinks, scale, query_map, key_map, linear_log_weight, query_gate, key_gate, reference, start, aligned, initial_state, output_final_state
+            q,
+            k,
+            v,
+            window_size,
+            window_kind,
+            num_sinks,
+            scale,
+            query_map,
+            key_map,
+            linear_log_weight,
+            query_gate,
+            key_gate,
+            reference,
+            start,
+            aligned,
+            initial_state,
+            output_final_state,
         )
 
 
@@ -369,7 +385,15 @@ def _next_state(state: LinearState, k: Tensor, v: Tensor, doc: Tensor, kv: Tenso
         source = torch.where(index < 0, slot, A + index.clamp(max=T - 1))
         return torch.cat([old, new.to(old.dtype)], 2).gather(2, source[:, None, :, None].expand(B, G, A, D))
 
-    return LinearState(shift(state.k, k), shift(state.v, v), sinks(state.sink_k, k), sinks(state.sink_v, v), state.kv if kv is None else kv, state.z if z is None else z, length)
+    return LinearState(
+        shift(state.k, k),
+        shift(state.v, v),
+        sinks(state.sink_k, k),
+        sinks(state.sink_v, v),
+        state.kv if kv is None else kv,
+        state.z if z is None else z,
+        length,
+    )
 
 
 def attention_weight_loss(

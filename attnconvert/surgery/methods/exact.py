@@ -13,7 +13,11 @@ class ExactConfig(MethodConfig):
 
 
 def check(config: ExactConfig, site: Site) -> list[str]:
-    return [f"the layer has {what}, which the exact core does not do" for what, there in (("capped logits", site.softcap is not None), ("learned sink logits", site.has_sink_logits)) if there]
+    return [
+        f"the layer has {what}, which the exact core does not do"
+        for what, there in (("capped logits", site.softcap is not None), ("learned sink logits", site.has_sink_logits))
+        if there
+    ]
 
 
 def runtime_config(config: ExactConfig) -> dict[str, Any]:
@@ -28,7 +32,9 @@ def softmax_cost(site: Site, length: int, element_size: int) -> LayerCost:
     """Cost of a layer that keeps softmax attention: KV bytes, and the causal half of 2 T^2 H D multiply-adds."""
     keys = min(length, site.sliding_window or length)
     pairs = length * keys - keys * (keys - 1) // 2
-    return LayerCost(state_bytes=2 * keys * site.num_key_value_heads * site.head_dim * element_size, flops=4 * pairs * site.num_heads * site.head_dim, num_parameters=0)
+    return LayerCost(
+        state_bytes=2 * keys * site.num_key_value_heads * site.head_dim * element_size, flops=4 * pairs * site.num_heads * site.head_dim, num_parameters=0
+    )
 
 
 METHOD = Method(

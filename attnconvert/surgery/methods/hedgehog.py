@@ -24,7 +24,8 @@ class WindowConfig(MethodConfig):
     """Which recent keys get exact softmax attention."""
 
     kind: Literal["block", "sliding"] = Field(
-        default="block", description="sliding: exactly `size` keys including the query's own; block: the query's block of `size` and the one before (size+1 to 2*size keys), blocks counted from the first token of the document"
+        default="block",
+        description="sliding: exactly `size` keys including the query's own; block: the query's block of `size` and the one before (size+1 to 2*size keys), blocks counted from the first token of the document",
     )
     size: int = Field(default=64, ge=0, le=4096, description="keys; 0 = no window (pure Hedgehog)")
 
@@ -36,11 +37,18 @@ class HedgehogConfig(MethodConfig):
     sinks: int = Field(default=4, ge=0, le=64, description="first tokens of each document that stay in the softmax branch")
     linear: bool = Field(default=True, description="false = window and sinks alone, the honest baseline; keys outside are dropped")
     feature_dim: int | None = Field(default=None, ge=1, le=256, description="features per half of the map (the state has twice as many); null = head_dim")
-    key_map: Literal["per_kv_head", "per_query_head"] = Field(default="per_kv_head", description="per_kv_head shares map and state inside a KV group; per_query_head is LoLCATs' layout, num_heads / num_kv_heads times the state")
-    reference: Literal["absolute", "window_max"] = Field(
-        default="absolute", description="what the linear branch is weighed against: absolute = phi.phi stands for exp(logit) itself; window_max = it is scaled by the row's largest logit in the window (LoLCATs)"
+    key_map: Literal["per_kv_head", "per_query_head"] = Field(
+        default="per_kv_head",
+        description="per_kv_head shares map and state inside a KV group; per_query_head is LoLCATs' layout, num_heads / num_kv_heads times the state",
     )
-    gates: bool = Field(default=True, description="let the feature maps change their norm, g = x.u / sqrt(D) + a log mean exp(xW) with u and a learned per head; without it every key weighs about the same")
+    reference: Literal["absolute", "window_max"] = Field(
+        default="absolute",
+        description="what the linear branch is weighed against: absolute = phi.phi stands for exp(logit) itself; window_max = it is scaled by the row's largest logit in the window (LoLCATs)",
+    )
+    gates: bool = Field(
+        default=True,
+        description="let the feature maps change their norm, g = x.u / sqrt(D) + a log mean exp(xW) with u and a learned per head; without it every key weighs about the same",
+    )
     softmax_weight: float = Field(default=0.1, gt=0, lt=1, description="initial weight of the softmax branch against the linear one, e^-l (LoLCATs: 0.1)")
 
     @model_validator(mode="after")

@@ -59,7 +59,9 @@ def _flatten(methods: list[str]) -> dict[str, str]:
         if module == f"{package}.cores":
             imports = "".join(f"from .{flat_name(m)} import {cls}\n" for m, cls in cores.values())
             table = ", ".join(f'"{method}": {cls}' for method, (_, cls) in cores.items())
-            files[name] = f'"""Method name -> core class, for the methods of this checkpoint."""\n\n{imports}\nCORES = {{{table}}}\n\n\ndef core_class(method):\n    return CORES[method]\n'
+            files[name] = (
+                f'"""Method name -> core class, for the methods of this checkpoint."""\n\n{imports}\nCORES = {{{table}}}\n\n\ndef core_class(method):\n    return CORES[method]\n'
+            )
             continue
         text = (root.parent / Path(*module.split("."))).with_suffix(".py").read_text()
         todo += _IMPORT.findall(text)

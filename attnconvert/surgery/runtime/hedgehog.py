@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from attnconvert.kernels.linear.reference import LinearOutput, LinearState, attention_weight_loss, linear_attention
 from attnconvert.surgery.runtime.seam import AttentionCore, SeamInputs
 
-
 GATE_POWER = 0.5  # half way between features of equal norm (0) and exp(+-xW) (1)
 
 
@@ -64,7 +63,14 @@ class HedgehogAttention(AttentionCore):
         state = LinearState(**layer.state) if layer is not None and layer.state else None
         kernel = _compiled_kernel() if self.compile_kernel else linear_attention
         out, final = kernel(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **self._options(inputs.scaling), start=inputs.start, aligned=self.window_size in inputs.aligned_to, initial_state=state, output_final_state=layer is not None
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            **self._options(inputs.scaling),
+            start=inputs.start,
+            aligned=self.window_size in inputs.aligned_to,
+            initial_state=state,
+            output_final_state=layer is not None,
         )
         if layer is not None:
             assert final is not None

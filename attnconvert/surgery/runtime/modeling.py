@@ -29,7 +29,7 @@ PLAN_SCHEMA_VERSION = 1
 PREFIX = "AttnConvert"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
     """The converted config class of a family, e.g. AttnConvertLlamaConfig from LlamaConfig."""
 
@@ -54,7 +54,9 @@ class AttnConvertConfig(PretrainedConfig):
         if base_type is None or plan is None:
             raise ValueError("this config.json has no base_model_type or attn_plan: it was not written by attnconvert, or was cut")
         if plan.get("schema_version") != PLAN_SCHEMA_VERSION:
-            raise ValueError(f"attn_plan has schema version {plan.get('schema_version')!r}; this code reads {PLAN_SCHEMA_VERSION}. Use the attnconvert version that wrote it, or a newer one")
+            raise ValueError(
+                f"attn_plan has schema version {plan.get('schema_version')!r}; this code reads {PLAN_SCHEMA_VERSION}. Use the attnconvert version that wrote it, or a newer one"
+            )
         if base_type not in CONFIG_MAPPING:
             raise ValueError(f"this transformers does not know the model family {base_type!r} that was converted; use a newer one")
         base = CONFIG_MAPPING[base_type]
@@ -64,7 +66,7 @@ class AttnConvertConfig(PretrainedConfig):
         return config_class(base).from_dict({k: v for k, v in config_dict.items() if k != "model_type"}, **kwargs)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The converted model class of a family, e.g. AttnConvertLlamaForCausalLM from LlamaForCausalLM."""
     parameters = list(inspect.signature(base.forward).parameters.values())
@@ -76,7 +78,12 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         kwargs.update(zip(names, args, strict=False))
         return base.forward(self, **self._seam_arguments(kwargs, open_ended))
 
-    namespace = {"forward": forward, "config_class": config_class(base.config_class), "__module__": __name__, "__doc__": f"{base.__name__} with converted attention."}
+    namespace = {
+        "forward": forward,
+        "config_class": config_class(base.config_class),
+        "__module__": __name__,
+        "__doc__": f"{base.__name__} with converted attention.",
+    }
     return type(PREFIX + base.__name__, (AttnConvertMixin, base), namespace)
 
 
@@ -116,7 +123,9 @@ class AttnConvertMixin:
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
-            raise ValueError(f"the checkpoint lacks {len(missing)} tensors of the converted model, e.g. {missing[0]}: it is incomplete, or its attn_plan was edited")
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} tensors of the converted model, e.g. {missing[0]}: it is incomplete, or its attn_plan was edited"
+            )
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -163,7 +172,9 @@ class AttnConvertMixin:
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
-                raise ValueError(f"cache_implementation={generation_config.cache_implementation!r} is not available for converted attention, whose state is constant in size already; leave it out")
+                raise ValueError(
+                    f"cache_implementation={generation_config.cache_implementation!r} is not available for converted attention, whose state is constant in size already; leave it out"
+                )
             model_kwargs["past_key_values"] = self.build_cache()
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
@@ -172,7 +183,9 @@ class AttnConvertMixin:
         raise ValueError("the attention implementation of a converted model is fixed by its plan")
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("continuous batching packs requests into one row and bypasses the recurrent state: it would return wrong text. Use generate() on a left-padded batch")
+        raise ValueError(
+            "continuous batching packs requests into one row and bypasses the recurrent state: it would return wrong text. Use generate() on a left-padded batch"
+        )
 
     generate_batch = init_continuous_batching
     continuous_batching_context_manager = init_continuous_batching

@@ -165,12 +165,21 @@ class AttentionCore(nn.Module):
 
 
 def attnconvert_attention(
-    module: nn.Module, query: Tensor, key: Tensor | StateView, value: Tensor | StateView, attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | StateView,
+    value: Tensor | StateView,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls. query [B, H, T, D]; key, value [B, G, S, D] or the cache layer's view -> ([B, T, H, D], None)."""
     B, _, T, D = query.shape
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"converted models take a 2D attention mask [batch, tokens]; got shape {list(attention_mask.shape)}. Pass padding as a 2D mask, packed documents as position_ids.")
+        raise ValueError(
+            f"converted models take a 2D attention mask [batch, tokens]; got shape {list(attention_mask.shape)}. Pass padding as a 2D mask, packed documents as position_ids."
+        )
     scaling = D**-0.5 if scaling is None else scaling
     core: AttentionCore | None = getattr(module, "core", None)
     layer = key.layer if isinstance(key, StateView) else None
@@ -183,7 +192,16 @@ def attnconvert_attention(
         assert isinstance(value, Tensor)
         mask = attention_mask if start is not None or has_past else None
         out = softmax_attention(
-            query, key, value, scaling=scaling, start=start, attention_mask=mask, sliding_window=window, softcap=kwargs.get("softcap"), sink_logits=kwargs.get("s_aux"), dropout=dropout
+            query,
+            key,
+            value,
+            scaling=scaling,
+            start=start,
+            attention_mask=mask,
+            sliding_window=window,
+            softcap=kwargs.get("softcap"),
+            sink_logits=kwargs.get("s_aux"),
+            dropout=dropout,
         )
         return out.transpose(1, 2).contiguous(), None
     if isinstance(key, StateView):
