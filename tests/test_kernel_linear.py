@@ -192,3 +192,21 @@ def test_gated_map_with_power_one_is_the_exponential_map():
     torch.testing.assert_close(feature_map(x, w, gate), torch.cat([y.exp(), (-y).exp()], -1) / F)
     gate[:, -1] = 0
     torch.testing.assert_close(feature_map(x, w, gate), feature_map(x, w))
+
+
+@pytest.mark.parametrize("offset", [-300.0, -50.0, 300.0])
+@pytest.mark.parametrize("where", STARTS)
+def test_extreme_logits_give_finite_outputs_and_gradients_and_the_softmax_branch_stays_exact(offset, where):
+    """Heads of real models have logits far from 0; a common offset must not overflow, underflow to 0/0, or touch rows without a linear part."""
+    x = {n: t.detach().float().requires_grad_() for n, t in draw(37, seed=4).items()}
+    with torch.no_grad():  # one direction shared by all queries and keys shifts every logit by about `offset`
+        x["q"][..., 0], x["k"][..., 0] = 30.0, offset / (0.4 * 30.0)
+    start = STARTS[where](37)
+    out = linear_attention(**x, **options("block", 4, 2), start=start).output
+    gradients = torch.autograd.grad(out.square().sum(), list(x.values()))
+    assert torch.isfinite(out).all()
+    assert all(torch.isfinite(g).all() for g in gradients)
+    early = ((torch.arange(37) - start) < 8) & (start <= torch.arange(37))  # position < 2 blocks: nothing has left the window
+    exact = {n: t.detach().double() for n, t in x.items()} | {"query_map": None, "key_map": None, "query_gate": None, "key_gate": None}
+    want = linear_attention(**exact, **options("block", 4, 2), start=start).output
+    torch.testing.assert_close(out.double()[early], want[early], rtol=1e-3, atol=1e-3)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from attnconvert.surgery.runtime.seam import AttentionCore
     from attnconvert.surgery.sites import Site
 
-ASSUMED_FLOPS = {"cpu": 3.0e10, "cuda": 1.5e13}
+ASSUMED_FLOPS = {"cpu": 5.0e10, "cuda": 1.0e13}
 """FLOP/s that training reaches in practice: 2 CPU cores in fp32, one H100 in bf16 on a model of 135 M parameters (larger ones do better)."""
 
 SECONDS_PER_STEP = {"cpu": 0.0, "cuda": 0.1}

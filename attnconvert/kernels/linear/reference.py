@@ -34,6 +34,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 FEATURE_FLOOR = 1e-12  # LoLCATs' clamp; keeps the denominator positive
+MAX_SHIFT = 40.0  # e^40 times the largest linear sum stays far below fp32's limit
 GATE_LIMIT = 12.0  # e^12: a gate can single out a key among 100 000, and the fp32 state cannot overflow
 PURE_TILE = 64  # tile size when there is no window
 
@@ -302,7 +303,10 @@ def _linear_attention(
         logits = torch.cat([sink_logits, logits], -1)
     row_max = logits.amax(-1, keepdim=True)
     if reference == "absolute":
-        row_max = row_max.detach().clamp_min(0.0)  # only against overflow: cancels in the quotient
+        # Only a common factor that cancels in the quotient: the row's maximum, so that e^-shift times the linear sum cannot overflow where
+        # all logits are very negative, nor the denominator vanish where there is nothing but the softmax branch.
+        has_linear = per_row((lo - start_rel > A)[..., None]) & (query_map is not None)
+        row_max = torch.where(has_linear, row_max.clamp_min(-MAX_SHIFT), row_max).detach()
     row_max = torch.where(row_max == float("-inf"), torch.zeros_like(row_max), row_max)  # padding rows, and pure rows without sinks
     weights = torch.exp(logits - row_max)
     denominator = weights.sum(-1, keepdim=True)
@@ -316,7 +320,7 @@ def _linear_attention(
         assert key_map is not None
         phi_q = grouped(feature_map(q_heads, query_map, query_gate) * torch.exp(linear_log_weight.to(q_heads.dtype))[..., None])
         if reference == "absolute":
-            phi_q = phi_q * torch.exp(-row_max)
+            phi_q = phi_q * torch.exp(-row_max.clamp_min(-MAX_SHIFT))  # the bound acts only on rows without a linear part
         phi_k = feature_map(keys, key_map, key_gate)
         index = torch.arange(P + N * C, device=device)
         chunk_last = starts.view(B, N + nb, C)[:, :, -1:]  # start of the document that covers each chunk's last key

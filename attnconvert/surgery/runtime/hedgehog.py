@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnconvert.kernels.linear.reference import LinearOutput, LinearState, attention_weight_loss, linear_attention
 from attnconvert.surgery.runtime.seam import AttentionCore, SeamInputs
 
-GATE_POWER = 0.5  # half way between features of equal norm (0) and exp(+-xW) (1)
+GATE_POWER = 1.0  # features start as exp(+-xW): on the embedded model they recall keys that equal-norm features (0) cannot, see docs/results.md
 
 
 @functools.lru_cache(maxsize=1)
