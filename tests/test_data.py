@@ -613,7 +613,7 @@ def test_aligned_documents_start_at_multiples_and_keep_their_end(tmp_path: Path)
     starts = (data.train.position_ids == 0).nonzero()[:, 1]
     assert len(set(starts.tolist())) > 2
     assert (starts % 16 == 0).all()
-    with pytest.raises(AttnConvertError, match="not a multiple of data.align"):
+    with pytest.raises(AttnConvertError, match="not a multiple of data"):
         load_data(DataConfig(source=str(path), align=48), tokenizer, length=64, num_train_tokens=2000, num_eval_tokens=128, eval_length=64)
 
 

@@ -177,7 +177,7 @@ def test_padded_row_equals_the_row_alone(teacher):
 def test_refused_uses_say_why(tiny_llama):
     student = convert(tiny_llama, method="hedgehog", config=HEDGEHOG)
     ids = torch.tensor([[5, 9, 3, 7]])
-    with pytest.raises(ValueError, match="does not support assisted|not supported with stateful|assisted"):
+    with pytest.raises(ValueError, match="assisted"):
         student.generate(ids, max_new_tokens=3, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match="continuous batching"):
         student.generate_batch([[5, 9]])

@@ -733,12 +733,10 @@ def _keep_layers(job: _Job, model: Any, transfer: StageResult, texts: _Texts, fo
 
 def _kl_gains(job: _Job, model: Any, rows: PackedRows) -> dict[int, float]:
     """Layer -> how much lower the KL to the teacher is when that layer alone is put back, nats per token, on a few training rows."""
-    from attnconvert.surgery.swap import softmax_layers
-
     everything = list(_cores(model))
 
     def kl_with(layers: Sequence[int]) -> float:
-        with softmax_layers(model, layers):
+        with teacher_mode(model, layers):
             return _mean_kl(job, model, rows)
 
     before, gains = kl_with([]), {}

@@ -542,7 +542,7 @@ _Source = _Files | _Stream
 def _open_source(name: str, config: DataConfig, stack: ExitStack, *, held_out: bool) -> _Source:
     """What `name` means: `embedded`, something on this disk, or a `datasets` id. Reads no text yet."""
     if name == "embedded":
-        file = resources.files("attnconvert").joinpath("embedded", "text", "heldout.jsonl.gz" if held_out else "train.jsonl.gz")
+        file = resources.files("attnconvert") / "embedded" / "text" / ("heldout.jsonl.gz" if held_out else "train.jsonl.gz")
         path = stack.enter_context(resources.as_file(file))
         assert path.is_file(), f"the package lacks {path}"
         return _Files(name, tuple(_parts(path, "text")), "text")

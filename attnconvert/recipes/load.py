@@ -490,7 +490,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _one_of(value: Any, choices: Iterable[str]) -> str:
-    """`one of: a, b; did you mean 'a'?`"""
+    """The text "one of: a, b; did you mean 'a'?"."""
     choices = list(choices)
     close = difflib.get_close_matches(str(value).lower(), choices, 1)
     return f"one of: {', '.join(choices)}" + (f"; did you mean {close[0]!r}?" if close else "")

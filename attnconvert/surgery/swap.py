@@ -46,7 +46,8 @@ def swap(model: Any, plan: ConversionPlan) -> SwapReport:
                 hint="make the plan from this model's own config",
             )
     before = list(model.state_dict())
-    base, base_config = type(model), type(model.config)
+    base: Any = type(model)
+    base_config: Any = type(model.config)
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "transformers_version", "auto_map")}
     config = config_class(base_config)(**values)
     config.attn_plan, config.base_model_type = plan.to_dict(), plan.base_model_type
@@ -97,17 +98,3 @@ def zeroed_linear_branch(model: nn.Module) -> Iterator[None]:
     finally:
         for core in cores:
             core.linear_enabled = True
-
-
-@contextmanager
-def softmax_layers(model: nn.Module, layer_idxs: Iterable[int]) -> Iterator[None]:
-    """Inside, the given converted layers compute the original softmax attention; call the model with use_cache=False."""
-    wanted = set(layer_idxs)
-    cores = [module.core for idx, _, module in converted_sites(model) if idx in wanted]
-    for core in cores:
-        core.teacher = True
-    try:
-        yield
-    finally:
-        for core in cores:
-            core.teacher = False

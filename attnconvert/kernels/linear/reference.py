@@ -295,7 +295,8 @@ def _linear_attention(
 
         def gather(x: Tensor, sink: Tensor | None) -> Tensor:  # -> [B, Gs, N, A, D]
             sink = x.new_zeros(B, Gs, A, D) if sink is None else _wide(sink).repeat_interleave(Gs // sink.shape[1], 1)
-            return torch.cat([sink, x], 2).gather(2, source[:, None, :, None].expand(B, Gs, N * A, D)).unflatten(2, (N, A))
+            found: Tensor = torch.cat([sink, x], 2).gather(2, source[:, None, :, None].expand(B, Gs, N * A, D)).unflatten(2, (N, A))
+            return found
 
         sink_keys, sink_values = gather(keys, state.sink_k if state else None), gather(values, state.sink_v if state else None)
         reach = start_rel[..., None] + torch.arange(A, device=device) < 0  # [B, N, C, A]

@@ -4,13 +4,12 @@ A converted config has `model_type: attnconvert`, remembers the family in `base_
 model_type keeps a stock loader from silently building the softmax model and dropping our parameters.
 """
 
-import copy
 import functools
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ def config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
     class ConvertedConfig(base):  # type: ignore[misc, valid-type]
         model_type = MODEL_TYPE
         base_model_type: str = base.model_type
-        attn_plan: dict | None = None
+        attn_plan: dict[str, Any] | None = None
 
     ConvertedConfig.__name__ = ConvertedConfig.__qualname__ = PREFIX + base.__name__
     return ConvertedConfig
@@ -104,12 +103,12 @@ class AttnConvertMixin:
     _is_stateful = True  # refuses assisted and prompt-lookup decoding: a state cannot be rolled back
     _supports_attention_backend = False  # serving engines must not replace the attention function
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = {"core"}
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"core"}
     # True = hand document starts to the layers even when every row is one document, so that compiled layers see one kind of input
     static_starts = False
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         attach_cores(self, config.attn_plan)
         use_seam(self)
 
@@ -210,7 +209,8 @@ def attach_cores(model: Any, plan: dict[str, Any]) -> None:
     found = [(model.get_submodule(row["path"]), row) for row in plan["layers"] if row["method"] is not None]
     device = next(iter(model.parameters())).device
     for module, row in found:
-        core = core_class(row["method"])(row["num_heads"], row["num_key_value_heads"], row["head_dim"], **row["config"])
+        build: Any = core_class(row["method"])
+        core = build(row["num_heads"], row["num_key_value_heads"], row["head_dim"], **row["config"])
         module.core = core if device.type == "meta" else core.to(device)
 
 
@@ -227,19 +227,18 @@ def build_cache(config: Any) -> Cache:
     stock = DynamicCache(config=config.get_text_config(decoder=True))
     converted = {row["layer_idx"] for row in config.attn_plan["layers"] if row["method"] is not None}
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
-    kept = list(stock.layers) or list(DynamicCache(config=copy.copy(config)).layers)
-    return Cache(layers=[CoreCacheLayer() if i in converted else kept[i] for i in range(num_layers)])
+    return Cache(layers=[CoreCacheLayer() if i in converted else stock.layers[i] for i in range(num_layers)])
 
 
-def converted_sites(model: nn.Module) -> list[tuple[int, str, nn.Module]]:
+def converted_sites(model: nn.Module) -> list[tuple[int, str, Any]]:
     """(layer_idx, path, attention module) of every module that has a core, in model order."""
-    return [(int(m.layer_idx), path, m) for path, m in model.named_modules() if isinstance(getattr(m, "core", None), AttentionCore)]  # type: ignore[arg-type]
+    return [(int(m.layer_idx), path, m) for path, m in model.named_modules() if isinstance(getattr(m, "core", None), AttentionCore)]
 
 
 @contextmanager
-def teacher_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, converted layers compute the original softmax attention; call the model with use_cache=False."""
-    cores = [module.core for _, _, module in converted_sites(model)]
+def teacher_mode(model: nn.Module, layer_idxs: Collection[int] | None = None) -> Iterator[None]:
+    """Inside, converted layers (all, or those given) compute the original softmax attention; call the model with use_cache=False."""
+    cores = [module.core for idx, _, module in converted_sites(model) if layer_idxs is None or idx in layer_idxs]
     before = [core.teacher for core in cores]
     for core in cores:
         core.teacher = True

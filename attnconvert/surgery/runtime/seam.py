@@ -205,7 +205,9 @@ def attnconvert_attention(
         )
         return out.transpose(1, 2).contiguous(), None
     if isinstance(key, StateView):
-        key, value = key.key, key.value
+        view = key
+        key, value = view.key, view.value
+    assert isinstance(key, Tensor)
     assert isinstance(value, Tensor)
     if key.shape[2] != T:
         raise ValueError("a converted layer was given a key-value cache that is not its own; pass past_key_values=None or model.build_cache()")

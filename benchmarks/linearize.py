@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct converted by every shipped linear recipe at one token budget, and by ours for longer: the rows of docs/results.md.
+"""A model converted by every shipped linear recipe at one token budget, and by ours for longer: the rows of docs/results.md.
 
-    python benchmarks/smollm2.py --model DIR --text DIR --heldout FILE --out OUT --jobs 3 all-layers:5M kept-25:5M lolcats:5M
-    python benchmarks/smollm2.py ... --jobs 2 all-layers:24M kept-25:24M
+    python benchmarks/linearize.py --label smollm2-135m-instruct --model DIR --text DIR --heldout FILE --out OUT --jobs 3 all-layers:5M kept-25:5M lolcats:5M
+    python benchmarks/linearize.py --label demo --model demo --text embedded --out OUT --device cpu --length 512 all-layers:300k window-sinks:300k
 
 A row is VARIANT:TOKENS, tokens of transfer and finetuning together (2 : 3, as in the recipes). All rows train on the same rows of text and
 are evaluated on the same held-out rows and pass-key prompts. Rows run `--jobs` at a time on one GPU; `gpu_seconds` is wall-clock of the row's
@@ -38,16 +38,15 @@ from attnconvert.surgery.runtime.modeling import converted_sites
 from attnconvert.surgery.swap import restore_softmax, swap, zeroed_linear_branch
 
 RECIPES = {"all-layers": "hedgehog", "kept-25": "hedgehog-mixed", "window-sinks": "window-sinks", "lolcats": "lolcats", "teacher-same-data": "hedgehog"}
-LENGTH = 1024
 PASSKEY_LENGTHS = (128, 256, 512, 1024)  # 64 tokens do not hold the prompt; block window 64 sees 65 to 128 keys
 
 
 def cached_data(args: argparse.Namespace, tokenizer: Any, num_tokens: int) -> Data:
     """Packed rows, tokenised once for all processes."""
-    path = Path(args.cache) / f"rows-{num_tokens}-{args.recall}.pt"
+    path = Path(args.cache) / f"rows-{args.label}-{num_tokens}-{args.length}-{args.recall}.pt"
     if not path.exists():
         config = DataConfig(source=args.text, eval_source=args.heldout, align=64, recall=args.recall)
-        data = load_data(config, tokenizer, length=LENGTH, num_train_tokens=num_tokens, num_eval_tokens=args.eval_tokens, eval_length=LENGTH)
+        data = load_data(config, tokenizer, length=args.length, num_train_tokens=num_tokens, num_eval_tokens=args.eval_tokens, eval_length=args.length)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"train": vars(data.train), "eval": vars(data.eval), "description": data.description}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
@@ -73,8 +72,8 @@ def run_row(args: argparse.Namespace, row: str) -> dict[str, Any]:
     recipe_name = RECIPES[variant]
     transfer_share = 0.0 if variant in ("window-sinks", "teacher-same-data") else 0.4
     overrides = [
-        f"stages.transfer.tokens={round(budget * transfer_share)}", f"stages.finetune.tokens={round(budget * (1 - transfer_share))}", f"stages.transfer.length={LENGTH}",
-        f"stages.finetune.length={LENGTH}", *args.set,
+        f"stages.transfer.tokens={round(budget * transfer_share)}", f"stages.finetune.tokens={round(budget * (1 - transfer_share))}", f"stages.transfer.length={args.length}",
+        f"stages.finetune.length={args.length}", *args.set,
     ]  # fmt: skip
     prepared = prepare(args.model, recipe_name, overrides=overrides)
     recipe = prepared.recipe.recipe
@@ -84,7 +83,7 @@ def run_row(args: argparse.Namespace, row: str) -> dict[str, Any]:
     loaded = load_model(prepared.source, dtype="auto", device=args.device)
     data = cached_data(args, loaded.tokenizer, args.pool or budget)
     student = loaded.model
-    run_dir = Path(args.cache) / f"run-{variant}-{tokens}"
+    run_dir = Path(args.cache) / f"run-{args.label}-{variant}-{tokens}"
     run = RunContext(
         run_dir,
         seed=args.seed,
@@ -125,7 +124,7 @@ def run_row(args: argparse.Namespace, row: str) -> dict[str, Any]:
     merge_lora(adapted)
     teacher = load_model(prepared.source, dtype="auto", device=args.device).model
     ablations = {"linear branch zeroed": lambda: zeroed_linear_branch(student)} if any(getattr(core, "linear", False) for core in cores.values()) else {}
-    config = EvalConfig(tokens=args.eval_tokens, length=LENGTH, passkey_lengths=PASSKEY_LENGTHS, passkey_trials=args.trials)
+    config = EvalConfig(tokens=args.eval_tokens, length=args.length, passkey_lengths=PASSKEY_LENGTHS, passkey_trials=args.trials)
     context = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
     with context:
         report = evaluate_models(student, teacher, loaded.tokenizer, data.eval, config, device=device, window=64, ablations=ablations)
@@ -137,7 +136,7 @@ def run_row(args: argparse.Namespace, row: str) -> dict[str, Any]:
     for entry in report.passkey:
         passkey.setdefault(entry.name, {})[str(entry.length)] = entry.accuracy
     return {
-        "name": "hedgehog", "model": "smollm2-135m-instruct", "variant": variant, "recipe": recipe_name, "tokens": sum(s.tokens for s in stages), "gpu_seconds": round(seconds, 1),
+        "name": "hedgehog", "model": args.label, "variant": variant, "recipe": recipe_name, "tokens": sum(s.tokens for s in stages), "gpu_seconds": round(seconds, 1),
         "jobs_on_gpu": args.jobs, "teacher_ppl": quality["teacher"]["ppl"], **quality["student"], "passkey": passkey.get("student", {}), "teacher_passkey": passkey.get("teacher", {}),
         "ablations": {name: {**q, "passkey": passkey.get(name, {})} for name, q in quality.items() if name not in ("teacher", "student")}, "kept_layers": kept,
         "layer_errors": stages[0].layer_errors, "stages": [{k: v for k, v in vars(s).items() if k != "layer_errors"} for s in stages], "data": data.description,
@@ -158,13 +157,15 @@ def meta(command: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+")
+    parser.add_argument("--label", required=True, help="name of the model in the rows")
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True)
-    parser.add_argument("--heldout", required=True)
+    parser.add_argument("--heldout", help="held-out text; not given = a share of the text's own")
     parser.add_argument("--out", required=True)
     parser.add_argument("--cache", default="/tmp/attnconvert-bench")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--length", type=int, default=1024, help="tokens per row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recall", type=float, default=0.1, help="share of synthetic recall rows in everybody's training data")
     parser.add_argument("--pool", type=parse_token_count, default=0, help="tokens of text to draw from; 0 = the row's budget")
@@ -182,7 +183,7 @@ def main() -> None:
         shown = [a for i, a in enumerate(sys.argv[1:], 1) if a not in hidden and sys.argv[i - 1] not in hidden]
         path.write_text(
             json.dumps(
-                {"meta": meta(f"python benchmarks/smollm2.py --model MODEL --text TEXT --heldout HELDOUT --out OUT {shlex.join(shown)}"), "rows": [result]},
+                {"meta": meta(f"python benchmarks/linearize.py --model MODEL --text TEXT --heldout HELDOUT --out OUT {shlex.join(shown)}"), "rows": [result]},
                 indent=1,
             )
             + "\n"
