@@ -141,6 +141,7 @@ HEDGEHOG = {
     "key_map": "per_kv_head",
     "reference": "absolute",
     "gates": True,
+    "gate_power": 1.0,
     "softmax_weight": 0.1,
 }
 

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from attnconvert.kernels.linear.reference import LinearOutput, LinearState, attention_weight_loss, linear_attention
 from attnconvert.surgery.runtime.seam import AttentionCore, SeamInputs
 
-GATE_POWER = 1.0  # features start as exp(+-xW): on the embedded model they recall keys that equal-norm features (0) cannot, see docs/results.md
-
 
 @functools.lru_cache(maxsize=1)
 def _compiled_kernel() -> Callable[..., LinearOutput]:
@@ -27,11 +25,11 @@ class HedgehogAttention(AttentionCore):
 
     Parameters: query_map [H, D, F/2] and key_map [G or H, D, F/2], identity at the start (phi then follows the pretrained q and k);
     linear_log_weight [H, 1], the log weight of the linear branch against the softmax branch (LoLCATs' -log gamma);
-    with gates query_gate [H, D + 1] and key_gate [G or H, D + 1], a direction u (zero at the start) and a power a (GATE_POWER).
+    with gates query_gate [H, D + 1] and key_gate [G or H, D + 1], a direction u (zero at the start) and a power a (gate_power at the start).
     """
 
     def __init__(
-        self, num_heads: int, num_key_value_heads: int, head_dim: int, window: dict[str, Any], sinks: int, linear: bool, feature_dim: int | None, key_map: str, reference: str, gates: bool,
+        self, num_heads: int, num_key_value_heads: int, head_dim: int, window: dict[str, Any], sinks: int, linear: bool, feature_dim: int | None, key_map: str, reference: str, gates: bool, gate_power: float,
         softmax_weight: float,
     ):  # fmt: skip
         super().__init__()
@@ -45,7 +43,7 @@ class HedgehogAttention(AttentionCore):
             self.linear_log_weight = nn.Parameter(torch.full((num_heads, 1), -math.log(softmax_weight), dtype=torch.float32))
             if gates:
                 gate = torch.zeros(1, head_dim + 1, dtype=torch.float32)
-                gate[:, -1] = GATE_POWER
+                gate[:, -1] = gate_power
                 self.query_gate = nn.Parameter(gate.repeat(num_heads, 1))
                 self.key_gate = nn.Parameter(gate.repeat(key_heads, 1))
 
