@@ -31,7 +31,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def where(meta: dict[str, Any]) -> str:
     """One line of provenance."""
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-    return f"`{meta['command']}`; {meta['device']}; {versions}; {meta['date']}."
+    note = f" {meta['note']}" if "note" in meta else ""
+    return f"`{meta['command']}`; {meta['device']}; {versions}; {meta['date']}.{note}"
 
 
 def number(value: float | None, digits: int) -> str:

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 
+from attnconvert.errors import AttnConvertError
 from attnconvert.surgery.plan import ConversionPlan, LayerPlan
 from attnconvert.surgery.runtime import seam
 from attnconvert.surgery.runtime.cache import CoreCacheLayer
@@ -12,6 +14,7 @@ from attnconvert.surgery.runtime.modeling import teacher_mode
 from attnconvert.surgery.sites import find_sites
 from attnconvert.surgery.swap import restore_softmax, swap
 
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 ROWS = [[5, 9, 3], [7, 2, 8, 4, 6, 11, 13, 5, 9, 10, 3, 2, 17], [33]]
 
 
@@ -202,3 +205,32 @@ def test_state_bytes_are_constant_and_kv_bytes_grow(tiny_llama):
         sizes.append((sum(t.nbytes for layer in cache.layers[:2] for t in layer.state.values()), cache.layers[2].keys.nbytes))
     assert sizes[0][0] == sizes[1][0]
     assert sizes[1][1] == 10 * sizes[0][1]
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        (lambda: transformers.DiffLlamaConfig(**SMALL), "attention-touches-cache"),
+        (lambda: transformers.DeepseekV3Config(**SMALL), "attention-not-reachable"),
+        (lambda: transformers.FalconConfig(**SMALL), "attention-not-reachable"),
+        (lambda: transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), "attention-not-reachable"),
+        (lambda: transformers.BertConfig(**SMALL), "not-a-causal-lm"),
+    ],
+)
+def test_families_that_cannot_be_converted_are_refused_by_name(config, code):
+    with pytest.raises(AttnConvertError) as caught:
+        find_sites(config())
+    assert caught.value.code == code
+    assert config().model_type in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: transformers.MixtralConfig(**SMALL),
+        lambda: transformers.GraniteConfig(**SMALL),
+        lambda: transformers.OPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    ],
+)
+def test_families_nobody_wrote_code_for_are_found(config):
+    assert [site.layer_idx for site in find_sites(config())] == [0, 1]

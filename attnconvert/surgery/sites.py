@@ -63,22 +63,32 @@ def find_sites(config: Any) -> list[Site]:
             hint="`attnconvert methods` says which kinds of model each method takes",
         )
     records: dict[int, dict[str, Any]] = {}
+    value_dims: dict[int, int] = {}
 
     def record(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float | None = None, dropout: float = 0.0, **kwargs: Any) -> tuple[Any, None]:
         records[id(module)] = {
             "num_heads": q.shape[1], "num_key_value_heads": k.shape[1], "head_dim": q.shape[3], "scaling": q.shape[3] ** -0.5 if scaling is None else float(scaling),
             "sliding_window": kwargs.get("sliding_window"), "softcap": kwargs.get("softcap"), "has_sink_logits": kwargs.get("s_aux") is not None,
         }  # fmt: skip
+        value_dims[id(module)] = v.shape[3]
         return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]), None
 
     AttentionInterface.register(_PROBE, record)
     AttentionMaskInterface.register(_PROBE, _no_mask)
     config = copy.deepcopy(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=_PROBE)
-    model.eval()
-    with torch.no_grad():
-        model(torch.zeros(1, 4, dtype=torch.long, device="meta"), attention_mask=torch.ones(1, 4, dtype=torch.long, device="meta"), use_cache=False)
+    try:
+        with torch.device("meta"):  # bf16: the grouped matmul of mixture-of-experts layers takes nothing else
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=_PROBE, dtype=torch.bfloat16)
+        model.eval()
+        with torch.no_grad():
+            model(torch.zeros(1, 4, dtype=torch.long, device="meta"), attention_mask=torch.ones(1, 4, dtype=torch.long, device="meta"), use_cache=False)
+    except Exception as error:  # whatever a family does that the interface does not foresee
+        raise AttnConvertError(
+            "attention-not-reachable",
+            f"a {config.model_type!r} model cannot be run through transformers' attention interface ({type(error).__name__}: {str(error)[:160]})",
+            expected="attention that goes through ALL_ATTENTION_FUNCTIONS, and a config.json that describes a working model",
+            hint=f"check config.json; if the model itself works, {config.model_type} computes attention in its own way and cannot be converted",
+        ) from error
     sites = [
         Site(layer_idx=module.layer_idx, path=path, class_name=type(module).__name__, **records[id(module)])
         for path, module in model.named_modules()
@@ -92,7 +102,44 @@ def find_sites(config: Any) -> list[Site]:
             expected="one attention module per layer that goes through ALL_ATTENTION_FUNCTIONS",
             hint=f"{config.model_type} computes attention in its own way and cannot be converted",
         )
+    odd = [path for path, module in model.named_modules() if id(module) in value_dims and value_dims[id(module)] != records[id(module)]["head_dim"]]
+    if odd:
+        raise AttnConvertError(
+            "attention-not-reachable",
+            f"values have another head size than queries and keys in a {config.model_type!r} model",
+            where=odd[0],
+            hint=f"{config.model_type} compresses its keys and values and cannot be converted",
+        )
+    _check_cache(model, sites)
     return sorted(sites, key=lambda site: site.layer_idx)
+
+
+def _check_cache(model: Any, sites: list[Site]) -> None:
+    """Refuse families that touch keys or values between the cache and the attention function.
+
+    The model runs once, on the meta device, with a cache whose layers return no tensors.
+
+    Raises:
+        AttnConvertError: `attention-touches-cache`.
+    """
+    import torch
+
+    from attnconvert.surgery.plan import ConversionPlan, LayerPlan
+    from attnconvert.surgery.swap import swap
+
+    rows = tuple(LayerPlan(s.layer_idx, s.path, s.num_heads, s.num_key_value_heads, s.head_dim, "exact") for s in sites)
+    family = model.config.model_type
+    try:
+        swap(model, ConversionPlan(family, rows))
+        with torch.no_grad():
+            model(torch.zeros(1, 4, dtype=torch.long, device="meta"), use_cache=True)
+    except Exception as error:
+        raise AttnConvertError(
+            "attention-touches-cache",
+            f"the attention of a {family!r} model works on keys or values after they went through the cache ({type(error).__name__}: {str(error)[:120]})",
+            where=sites[0].path,
+            hint=f"{family} cannot be converted: its cache must hold every key",
+        ) from error
 
 
 _PROBE = "attnconvert_probe"

@@ -54,6 +54,8 @@ def swap(model: Any, plan: ConversionPlan) -> SwapReport:
     converted = model_class(base)
     config.architectures = [converted.__name__]
     config._name_or_path = ""
+    if hasattr(model.config, "_experts_implementation"):  # mixture-of-experts layers: a run-time choice that to_dict() leaves out
+        config._experts_implementation = model.config._experts_implementation
     shared = model.config
     for module in model.modules():
         if getattr(module, "config", None) is shared:
