@@ -80,6 +80,7 @@ def find_sites(config: Any) -> list[Site]:
         with torch.device("meta"):  # bf16: the grouped matmul of mixture-of-experts layers takes nothing else
             model = AutoModelForCausalLM.from_config(config, attn_implementation=_PROBE, dtype=torch.bfloat16)
         model.eval()
+        model.config.pad_token_id = None  # some families look into the input for it, and there is nothing to look into here
         with torch.no_grad():
             model(torch.zeros(1, 4, dtype=torch.long, device="meta"), attention_mask=torch.ones(1, 4, dtype=torch.long, device="meta"), use_cache=False)
     except Exception as error:  # whatever a family does that the interface does not foresee
