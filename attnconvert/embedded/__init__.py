@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 DEMO_OVERRIDES: tuple[str, ...] = (
-    "stages.transfer.tokens=150k",
+    "stages.transfer.tokens=100k",
     "stages.transfer.length=512",
     "stages.transfer.batch_size=8",
-    "stages.finetune.tokens=150k",
+    "stages.finetune.tokens=100k",
     "stages.finetune.length=512",
     "stages.finetune.batch_size=8",
     "evaluate.tokens=16k",
