@@ -14,10 +14,10 @@ from typing import Literal
 DEMO_OVERRIDES: tuple[str, ...] = (
     "stages.transfer.tokens=100k",
     "stages.transfer.length=512",
-    "stages.transfer.batch_size=8",
-    "stages.finetune.tokens=100k",
+    "stages.transfer.batch_size=4",
+    "stages.finetune.tokens=60k",
     "stages.finetune.length=512",
-    "stages.finetune.batch_size=8",
+    "stages.finetune.batch_size=4",
     "evaluate.tokens=16k",
     "evaluate.length=512",
 )
