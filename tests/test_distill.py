@@ -456,12 +456,16 @@ class TestLoop:
                 os.kill(os.getpid(), signal.SIGINT)
             return original(core, *args)
 
-        handler = signal.getsignal(signal.SIGINT)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ToyCore, "forward", interrupt_in_the_middle)
-            with pytest.raises(KeyboardInterrupt):
-                train_stage(stage, RunContext(tmp_path / "stopped"))
-        assert signal.getsignal(signal.SIGINT) is handler
+        handler = signal.default_int_handler
+        before = signal.signal(signal.SIGINT, handler)  # a suite started in the background inherits "ignore"
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(ToyCore, "forward", interrupt_in_the_middle)
+                with pytest.raises(KeyboardInterrupt):
+                    train_stage(stage, RunContext(tmp_path / "stopped"))
+            assert signal.getsignal(signal.SIGINT) is handler
+        finally:
+            signal.signal(signal.SIGINT, before)
         stopped = len(read_metrics(tmp_path / "stopped"))
         assert stopped == (3 if stage == "transfer" else 1)
         recorder = Recorder()
