@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from attnconvert.errors import AttnConvertError
+from attnconvert.surgery import registry
 from attnconvert.surgery.plan import ConversionPlan, LayerPlan
 from attnconvert.surgery.runtime import seam
 from attnconvert.surgery.runtime.cache import CoreCacheLayer
@@ -234,3 +235,10 @@ def test_families_that_cannot_be_converted_are_refused_by_name(config, code):
 )
 def test_families_nobody_wrote_code_for_are_found(config):
     assert [site.layer_idx for site in find_sites(config())] == [0, 1]
+
+
+def test_costs_count_the_parameters_a_layer_really_gets(tiny_llama):
+    site = find_sites(tiny_llama.config)[0]
+    for config in registry.get("hedgehog").examples:
+        core = convert(tiny_llama, method="hedgehog", config=config.model_dump(mode="json")).model.layers[0].self_attn.core
+        assert registry.get("hedgehog").cost(config, site, 64, 2).num_parameters == sum(p.numel() for p in core.parameters())

@@ -85,11 +85,11 @@ def cost(config: HedgehogConfig, site: Site, length: int, element_size: int) -> 
     state_heads = H if config.key_map == "per_query_head" else G
     window_keys = min(length, (2 if config.window.kind == "block" else 1) * config.window.size)
     state = window_keys * G * 2 * D * element_size + min(length, config.sinks) * G * 2 * D * element_size
-    flops, parameters = 4 * length * (window_keys + config.sinks) * H * D, H
+    flops, parameters = 4 * length * (window_keys + config.sinks) * H * D, 0
     if config.linear:
         state += state_heads * F * (D + 1) * 4
         flops += length * (2 * H * D * F // 2 + 2 * state_heads * D * F // 2 + 2 * H * F * D + 2 * state_heads * F * D)
-        parameters += (H + state_heads) * (D * F // 2 + (D + 1) * config.gates)
+        parameters += H + (H + state_heads) * (D * F // 2 + (D + 1) * config.gates)
     return LayerCost(state_bytes=state, flops=flops, num_parameters=parameters)
 
 
