@@ -194,6 +194,11 @@ def test_refused_uses_say_why(tiny_llama):
         student(ids, attention_mask=torch.tensor([[1, 0, 1, 1]]))
     with pytest.raises(ValueError, match="2D attention mask"):
         student(ids, attention_mask=torch.ones(1, 1, 4, 4))
+    cache = student(ids, use_cache=True).past_key_values
+    for length in (0, 2, -1):
+        with pytest.raises(ValueError, match="cannot be cropped"):
+            cache.layers[0].crop(length)
+    cache.layers[0].crop(4)  # all of it: nothing to forget
     with pytest.raises(ValueError, match="fixed by its plan"):
         student.set_attn_implementation("sdpa")
 

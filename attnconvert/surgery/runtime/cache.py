@@ -86,5 +86,5 @@ class CoreCacheLayer(CacheLayerMixin):
         raise ValueError("an offloaded cache is not supported by converted attention: its state is constant and small, use the default cache")
 
     def crop(self, max_length: int) -> None:
-        if max_length not in (self.num_tokens, -0) or max_length < 0:
+        if max_length != self.num_tokens:
             raise ValueError("a recurrent state cannot be cropped: assisted and prompt-lookup decoding are not available for converted models")
