@@ -1,7 +1,8 @@
-# make demo    set up, convert the embedded model, write some text with the result
-# make test    set up, then every check that needs no GPU; what CI runs
-# make lint    the checks that run no test
-# make setup   only the environment
+# make demo      set up, convert the embedded model, write some text with the result
+# make test      set up, then every check that needs no GPU; what CI runs
+# make test-gpu  set up, then the tests that need an NVIDIA GPU
+# make lint      the checks that run no test
+# make setup     only the environment
 #
 # A machine without an NVIDIA GPU gets TORCH, so that pip does not choose a CUDA build of several GB by itself; set it to whatever
 # torch suits yours, e.g. `make setup TORCH='torch==2.13.0'`. A torch that PYTHON can import already is used as it is.
@@ -14,7 +15,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 # Two test processes of one thread each: on 2 cores faster than one process of two threads, whose small matrices do not fill a core.
 TEST_PROCESSES ?= 2
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-gpu lint clean
 
 setup: $(VENV)/.installed
 
@@ -37,6 +38,9 @@ lint: setup
 
 test: lint
 	OMP_NUM_THREADS=1 python -m pytest -m 'not gpu and not slow' -n $(TEST_PROCESSES) --dist worksteal
+
+test-gpu: setup
+	python -m pytest -m gpu tests
 
 clean:
 	rm -rf $(VENV) demo-hedgehog demo-hedgehog.run build *.egg-info

@@ -28,6 +28,7 @@ import torch
 from attnconvert.convert.evaluate import evaluate_models
 from attnconvert.convert.load import load_model
 from attnconvert.convert.pipeline import prepare
+from attnconvert.distill.calibrate import calibrate
 from attnconvert.distill.config import DataConfig, EvalConfig, parse_token_count
 from attnconvert.distill.data import Data, PackedRows, load_data
 from attnconvert.distill.finetune import run_finetune
@@ -104,6 +105,7 @@ def run_row(args: argparse.Namespace, row: str) -> dict[str, Any]:
         for core in cores.values():
             core.to(torch.float32)
             core.compile_kernel = device.type == "cuda"
+        calibrate(student, cores, data.train, run)
         stages.append(run_transfer(student, cores, data.train, recipe.stages.transfer, RunContext(**{**vars(run), "compile": False})))
         for core in cores.values():
             core.compile_kernel = False  # finetuning compiles whole layers

@@ -1,9 +1,11 @@
 """The linear-attention operator against a direct quadratic oracle in fp64: outputs, gradients, states, documents, padding."""
 
+import math
+
 import pytest
 import torch
 
-from attnconvert.kernels.linear.reference import attention_weight_loss, feature_map, linear_attention
+from attnconvert.kernels.linear.reference import attention_weight_loss, branch_log_ratio, feature_map, linear_attention
 
 B, H, G, D, F = 2, 4, 2, 6, 5
 KINDS = [
@@ -210,3 +212,27 @@ def test_extreme_logits_give_finite_outputs_and_gradients_and_the_softmax_branch
     exact = {n: t.detach().double() for n, t in x.items()} | {"query_map": None, "key_map": None, "query_gate": None, "key_gate": None}
     want = linear_attention(**exact, **options("block", 4, 2), start=start).output
     torch.testing.assert_close(out.double()[early], want[early], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("reference", ["absolute", "window_max"])
+@pytest.mark.parametrize("heads", [G, H])
+def test_calibrated_weight_makes_the_branches_weigh_as_in_softmax_attention(heads, reference):
+    T = 96
+    x = draw(T, heads=heads)
+    q, k = torch.zeros(B, T, H, D, dtype=torch.float64), torch.randn(B, T, G, D, dtype=torch.float64)
+    q[..., 0], k[..., 0] = 3.0, 2.0  # every logit is 6 * scale: exp(s) is a multiple of phi.phi, and the estimate is exact
+    maps = {"query_map": torch.zeros(H, D, F, dtype=torch.float64), "key_map": torch.zeros(heads, D, F, dtype=torch.float64)}
+    settings = options("block", 8, 2, reference) | maps | {"start": STARTS["packed"](T)}
+    ratio, weight = branch_log_ratio(q, k, **settings, num_queries=50)
+    # phi = 1/F in 2F features, so phi.phi = 2/F per key; window_max takes the row's largest logit out
+    expected = (0.0 if reference == "window_max" else 6 * 0.4) - math.log(2 / F)
+    torch.testing.assert_close(ratio / weight, torch.full((H,), expected, dtype=torch.float64))
+    out = linear_attention(q, k, x["v"], linear_log_weight=(ratio / weight)[:, None], **settings).output
+    dense = oracle(q, k, x["v"], None, *[None] * 4, **options("block", 256, 0) | {"start": STARTS["packed"](T)})
+    torch.testing.assert_close(out, dense)
+
+
+def test_a_head_that_never_looks_far_tells_the_calibration_nothing():
+    x = draw(16)
+    ratio, weight = branch_log_ratio(x["q"], x["k"], **options("block", 16, 0), query_map=x["query_map"], key_map=x["key_map"])
+    assert weight.tolist() == ratio.tolist() == [0] * H

@@ -88,7 +88,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Log, pipeline
 
 def test_a_conversion_leaves_a_complete_measured_checkpoint_and_nothing_else(whole: Any) -> None:
     out, log, result = whole
-    assert log.phases == ["read text", "load model", "swap", "transfer", "finetune", "merge", "save", "evaluate"]
+    assert log.phases == ["read text", "load model", "swap", "calibrate", "transfer", "finetune", "merge", "save", "evaluate"]
     assert log.steps == [(stage, step) for stage in ("transfer", "finetune") for step in range(1, STEPS + 1)]
     assert list(out.parent.iterdir()) == [out]
     assert {p.name for p in (out / "attnconvert").iterdir()} == {"recipe.yaml", "metrics.jsonl", "run.json"}

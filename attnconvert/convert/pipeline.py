@@ -624,6 +624,7 @@ def _train_and_save(job: _Job, folder: Path, texts: _Texts) -> None:
 
     from attnconvert.convert.merge import Adapters
     from attnconvert.convert.save import fingerprint, save_adapters, save_checkpoint
+    from attnconvert.distill.calibrate import calibrate
     from attnconvert.distill.finetune import run_finetune
     from attnconvert.distill.lora import add_lora, lora_targets, merge_lora
     from attnconvert.distill.transfer import run_transfer
@@ -645,6 +646,8 @@ def _train_and_save(job: _Job, folder: Path, texts: _Texts) -> None:
             swap(model, prepared.plan)
             for _, _, module in converted_sites(model):
                 cast(Any, module.core).compile_kernel = job.device.type == "cuda"
+        with job.phase("calibrate"):
+            calibrate(model, _cores(model), texts.transfer, context)
         with job.phase("transfer"):
             transfer = run_transfer(model, _cores(model), texts.transfer, recipe.stages.transfer, context)
         plan = prepared.plan

@@ -153,6 +153,17 @@ def _segmented_scan(delta: Tensor, keep: Tensor, first: Tensor) -> Tensor:
     return torch.cat([first, carried], 2)
 
 
+def _largest(logits: Tensor) -> Tensor:
+    """Largest finite value of each row [..., 1], 0 without one; the gradient goes to one element.
+
+    amax shares its gradient between ties by dividing by their number, which compiled code may compute as 0 where the maximum it kept and the
+    values it recomputes differ in the last bit: 0 / 0 on an H100, torch 2.11.
+    """
+    slots = torch.arange(logits.shape[-1], device=logits.device)
+    first = (slots == logits.detach().argmax(-1, keepdim=True)) & (logits > float("-inf"))
+    return torch.where(first, logits, 0.0).sum(-1, keepdim=True)
+
+
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -302,12 +313,13 @@ def _linear_attention(
         reach = start_rel[..., None] + torch.arange(A, device=device) < 0  # [B, N, C, A]
         sink_logits = (q_rows @ sink_keys.transpose(-1, -2)).masked_fill(~per_row(reach), float("-inf"))
         logits = torch.cat([sink_logits, logits], -1)
-    row_max = logits.amax(-1, keepdim=True)
+    # Only a common factor that cancels in the quotient, so no gradient.
+    row_max = logits.detach().amax(-1, keepdim=True)
     if reference == "absolute":
-        # Only a common factor that cancels in the quotient: the row's maximum, so that e^-shift times the linear sum cannot overflow where
-        # all logits are very negative, nor the denominator vanish where there is nothing but the softmax branch.
+        # e^-shift times the linear sum must not overflow where all logits are very negative, nor the denominator vanish where there is
+        # nothing but the softmax branch.
         has_linear = per_row((lo - start_rel > A)[..., None]) & (query_map is not None)
-        row_max = torch.where(has_linear, row_max.clamp_min(-MAX_SHIFT), row_max).detach()
+        row_max = torch.where(has_linear, row_max.clamp_min(-MAX_SHIFT), row_max)
     row_max = torch.where(row_max == float("-inf"), torch.zeros_like(row_max), row_max)  # padding rows, and pure rows without sinks
     weights = torch.exp(logits - row_max)
     denominator = weights.sum(-1, keepdim=True)
@@ -322,6 +334,8 @@ def _linear_attention(
         phi_q = grouped(feature_map(q_heads, query_map, query_gate) * torch.exp(linear_log_weight.to(q_heads.dtype))[..., None])
         if reference == "absolute":
             phi_q = phi_q * torch.exp(-row_max.clamp_min(-MAX_SHIFT))  # the bound acts only on rows without a linear part
+        else:
+            phi_q = phi_q * torch.exp(_largest(logits) - row_max)  # a factor 1 that carries the gradient of c_n
         phi_k = feature_map(keys, key_map, key_gate)
         index = torch.arange(P + N * C, device=device)
         chunk_last = starts.view(B, N + nb, C)[:, :, -1:]  # start of the document that covers each chunk's last key
@@ -435,6 +449,46 @@ def attention_weight_loss(
             )  # fmt: skip
         num_valid = (start <= torch.arange(T, device=q.device)).sum()
         return total / (num_valid * H).clamp_min(1)
+
+
+def branch_log_ratio(
+    q: Tensor, k: Tensor, *, window_size: int, window_kind: str, num_sinks: int, scale: float, query_map: Tensor, key_map: Tensor,
+    query_gate: Tensor | None = None, key_gate: Tensor | None = None, reference: str = "absolute", start: Tensor | None = None, num_queries: int = 256,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log of the softmax mass on the linear set per unit of phi_q.phi_k, weighted by how much the teacher looks there.
+
+    As linear_log_weight it lets the two branches weigh against each other as in the teacher.
+
+        sum_n w_n [log sum_P exp(s_ni - c_n) - log sum_P phi_q.phi_k],    w_n = the teacher's weight on P_n (a query that ignores P tells nothing)
+
+    Args: as `linear_attention`. num_queries: queries per row, evenly spread over it; memory is num_queries x T.
+
+    Returns:
+        (weighted sum, sum of w), both [H]; their quotient is the estimate, over as many batches as one likes.
+    """
+    B, T, H, _ = q.shape
+    start = torch.zeros(B, T, dtype=torch.int64, device=q.device) if start is None else start
+    n = torch.linspace(0, T - 1, min(T, num_queries), device=q.device).round().long()
+    i = torch.arange(T, device=q.device)
+    q_heads, keys = _wide(q[:, n].transpose(1, 2)), _wide(k.transpose(1, 2))
+    phi_k = feature_map(keys.repeat_interleave(key_map.shape[0] // keys.shape[1], 1), key_map, key_gate)
+    phi_k, keys = (x.repeat_interleave(H // x.shape[1], 1) for x in (phi_k, keys))
+    doc = start[:, n, None]
+    lo = doc + window_start(n[:, None] - doc, window_size, window_kind)
+    visible = (i <= n[:, None]) & (i >= doc)
+    exact = visible & ((i >= lo) | (i < doc + num_sinks))
+    visible, exact, linear = visible[:, None], exact[:, None], (visible & ~exact)[:, None]
+    logits = q_heads @ keys.transpose(-1, -2) * scale
+    far = logits.masked_fill(~linear, float("-inf")).logsumexp(-1)  # [B, H, num_queries]
+    share = torch.exp(far - logits.masked_fill(~visible, float("-inf")).logsumexp(-1))
+    phi = ((feature_map(q_heads, query_map, query_gate) @ phi_k.transpose(-1, -2)) * linear).sum(-1)
+    ratio = far - torch.log(phi)
+    if reference == "window_max":
+        ratio = ratio - logits.masked_fill(~exact, float("-inf")).amax(-1)
+    # Rows without a linear set (-inf - -inf), padding, and window_max without anything exact.
+    known = linear.any(-1) & torch.isfinite(ratio)
+    weight = torch.where(known, share, 0.0)
+    return torch.where(known, ratio * share, 0.0).sum((0, 2)), weight.sum((0, 2))
 
 
 def _weight_loss_chunk(

@@ -50,12 +50,17 @@ class HedgehogConfig(MethodConfig):
         description="let the feature maps change their norm, g = x.u / sqrt(D) + a log mean exp(xW) with u and a learned per head; without it every key weighs about the same",
     )
     gate_power: float = Field(
-        default=1.0,
+        default=0.3,
         ge=0,
         le=2,
         description="initial a of the gates: 1 = features start as exp(+-xW), which can single out one key; 0 = all features of equal norm, as published",
     )
-    softmax_weight: float = Field(default=0.1, gt=0, lt=1, description="initial weight of the softmax branch against the linear one, e^-l (LoLCATs: 0.1)")
+    softmax_weight: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="initial weight of the softmax branch against the linear one, e^-l (LoLCATs: 0.1); null = per head, from the teacher's weights on a few rows",
+    )
 
     @model_validator(mode="after")
     def _something_left(self) -> HedgehogConfig:

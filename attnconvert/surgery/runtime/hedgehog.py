@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnconvert.kernels.linear.reference import LinearOutput, LinearState, attention_weight_loss, linear_attention
+from attnconvert.kernels.linear.reference import (
+    LinearOutput,
+    LinearState,
+    attention_weight_loss,
+    branch_log_ratio,
+    linear_attention,
+)
 from attnconvert.surgery.runtime.seam import AttentionCore, SeamInputs
 
 
@@ -30,17 +36,19 @@ class HedgehogAttention(AttentionCore):
 
     def __init__(
         self, num_heads: int, num_key_value_heads: int, head_dim: int, window: dict[str, Any], sinks: int, linear: bool, feature_dim: int | None, key_map: str, reference: str, gates: bool, gate_power: float,
-        softmax_weight: float,
+        softmax_weight: float | None,
     ):  # fmt: skip
         super().__init__()
         self.window_size, self.window_kind, self.num_sinks = int(window["size"]), str(window["kind"]), sinks
+        self.calibrated = linear and softmax_weight is None
+        self._log_ratio: tuple[Tensor | float, Tensor | float] = (0.0, 0.0)  # sums of `branch_log_ratio` so far
         self.linear, self.linear_enabled, self.gates, self.reference = linear, True, gates, reference
         if linear:
             key_heads = num_heads if key_map == "per_query_head" else num_key_value_heads
             eye = torch.eye(head_dim, feature_dim or head_dim, dtype=torch.float32)
             self.query_map = nn.Parameter(eye.repeat(num_heads, 1, 1))
             self.key_map = nn.Parameter(eye.repeat(key_heads, 1, 1))
-            self.linear_log_weight = nn.Parameter(torch.full((num_heads, 1), -math.log(softmax_weight), dtype=torch.float32))
+            self.linear_log_weight = nn.Parameter(torch.full((num_heads, 1), -math.log(softmax_weight or 0.1), dtype=torch.float32))
             if gates:
                 gate = torch.zeros(1, head_dim + 1, dtype=torch.float32)
                 gate[:, -1] = gate_power
@@ -74,6 +82,19 @@ class HedgehogAttention(AttentionCore):
             assert final is not None
             layer.state = final._asdict()
         return out.transpose(1, 2)
+
+    def calibrate(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> None:
+        """linear_log_weight = the one at which both branches weigh as in the teacher. Pretrained heads differ by e^10 in it, and one learned from a common start is far off for long."""
+        if not self.calibrated:
+            return
+        options = self._options(inputs.scaling)
+        del options["linear_log_weight"]
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            found = branch_log_ratio(q.transpose(1, 2), k.transpose(1, 2), **options, start=inputs.start)
+            ratio, weight = (old + new for old, new in zip(self._log_ratio, found, strict=True))
+            self._log_ratio = ratio, weight
+            known = (weight > 0)[:, None]
+            self.linear_log_weight.copy_(torch.where(known, (ratio / weight)[:, None], self.linear_log_weight))
 
     def weight_loss(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> Tensor:
         return attention_weight_loss(q.transpose(1, 2), k.transpose(1, 2), **self._options(inputs.scaling), start=inputs.start)

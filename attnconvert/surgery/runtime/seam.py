@@ -159,6 +159,9 @@ class AttentionCore(nn.Module):
         """Student attention. q [B, H, T, D], k, v [B, G, T, D] (this call's tokens only) -> [B, H, T, D]; updates `inputs.layer`."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
+    def calibrate(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> None:
+        """Sets start values that depend on data; called once per row of a few calibration rows, shapes as in `forward`. Default: nothing to set."""
+
     def weight_loss(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> Tensor:
         """Cross-entropy of the student's attention weights against the teacher's, mean over heads and valid tokens; a scalar."""
         raise NotImplementedError(f"{type(self).__name__} has no attention weights to compare; use the output loss")
