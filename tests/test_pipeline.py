@@ -22,14 +22,19 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from attnconvert.convert import pipeline, save
+from attnconvert.convert.load import load_model
 from attnconvert.convert.merge import merge
 from attnconvert.convert.pipeline import Prepared, RunOptions, load_converted, prepare, run, run_same_data_baseline
 from attnconvert.convert.plan import build_plan, estimate, evaluation_window, render_plan
-from attnconvert.distill.loop import StageResult
+from attnconvert.distill.calibrate import calibrate
+from attnconvert.distill.data import load_data
+from attnconvert.distill.loop import RunContext, StageResult
 from attnconvert.errors import AttnConvertError
 from attnconvert.recipes.load import load_recipe
 from attnconvert.surgery.plan import ConversionPlan
+from attnconvert.surgery.runtime.modeling import converted_sites
 from attnconvert.surgery.sites import find_sites
+from attnconvert.surgery.swap import swap
 
 STEPS = 24
 SMALL = [
@@ -224,6 +229,23 @@ def test_two_processes_cannot_work_on_one_run(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(small(), RunOptions(out), Log(second))
+
+
+def test_calibration_brings_the_swapped_model_closer_to_the_teacher_and_leaves_no_tap(tmp_path: Path) -> None:
+    prepared = small()
+    loaded = load_model(prepared.source, dtype="fp32")
+    rows = load_data(prepared.recipe.recipe.data, loaded.tokenizer, length=256, num_train_tokens=4096, num_eval_tokens=1024, eval_length=256)
+    ids = rows.eval.rows([0, 1]).input_ids
+    with torch.no_grad():
+        teacher = loaded.model(ids, use_cache=False).logits.log_softmax(-1)
+        swap(loaded.model, prepared.plan)
+        cores = {idx: module.core for idx, _, module in converted_sites(loaded.model)}
+        before = loaded.model(ids, use_cache=False).logits.log_softmax(-1)
+        calibrate(loaded.model, cores, rows.train, RunContext(tmp_path))
+        after = loaded.model(ids, use_cache=False).logits.log_softmax(-1)
+    kl = [torch.nn.functional.kl_div(x, teacher, log_target=True, reduction="none").sum(-1).mean().item() for x in (before, after)]
+    assert kl[1] < 0.7 * kl[0]
+    assert all(core.tap is None and core.linear_log_weight.std() > 0.1 for core in cores.values())
 
 
 # ---------------------------------------------------------------- adapters, kept layers, baseline

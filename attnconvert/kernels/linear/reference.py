@@ -156,8 +156,8 @@ def _segmented_scan(delta: Tensor, keep: Tensor, first: Tensor) -> Tensor:
 def _largest(logits: Tensor) -> Tensor:
     """Largest finite value of each row [..., 1], 0 without one; the gradient goes to one element.
 
-    amax shares its gradient between ties by dividing by their number, which compiled code may compute as 0 where the maximum it kept and the
-    values it recomputes differ in the last bit: 0 / 0 on an H100, torch 2.11.
+    Not amax's own gradient, which divides by the number of ties: compiled by torch 2.11 for an H100 it gave non-finite gradients in the
+    second step of a finetuning run that was finite uncompiled.
     """
     slots = torch.arange(logits.shape[-1], device=logits.device)
     first = (slots == logits.detach().argmax(-1, keepdim=True)) & (logits > float("-inf"))
