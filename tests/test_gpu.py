@@ -63,7 +63,7 @@ def test_a_conversion_on_the_gpu_loses_little_and_reloads_on_the_cpu(recipe: str
     assert student.kl.value < 3.0
     assert json.loads((tmp_path / "out" / "attnconvert" / "run.json").read_text())["status"] == "complete"
     ids = torch.randint(0, 4096, (1, 100), generator=torch.Generator().manual_seed(0))
-    loaded: Any = load_converted(tmp_path / "out").model
+    loaded: Any = load_converted(tmp_path / "out")
     with torch.no_grad():
         on_cpu = loaded(ids).logits.float()
         on_gpu = loaded.cuda()(ids.cuda()).logits.float().cpu()

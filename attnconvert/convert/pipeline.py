@@ -628,7 +628,6 @@ def _train_and_save(job: _Job, folder: Path, texts: _Texts) -> None:
     from attnconvert.distill.finetune import run_finetune
     from attnconvert.distill.lora import add_lora, lora_targets, merge_lora
     from attnconvert.distill.transfer import run_transfer
-    from attnconvert.surgery.runtime.modeling import converted_sites
     from attnconvert.surgery.swap import swap
 
     prepared, options, recipe = job.prepared, job.options, job.prepared.recipe.recipe
@@ -644,11 +643,9 @@ def _train_and_save(job: _Job, folder: Path, texts: _Texts) -> None:
         with job.phase("swap"):
             lora_targets(model, [row.path for row in prepared.plan.converted], recipe.stages.finetune.lora.targets)  # a wrong target shows before any training
             swap(model, prepared.plan)
-            for _, _, module in converted_sites(model):
-                cast(Any, module.core).compile_kernel = job.device.type == "cuda"
         with job.phase("calibrate"):
             calibrate(model, _cores(model), texts.transfer, context)
-        with job.phase("transfer"):
+        with job.phase("transfer"), _compiled_kernels(model, _compiles(job, recipe.stages.transfer.tokens)):
             transfer = run_transfer(model, _cores(model), texts.transfer, recipe.stages.transfer, context)
         plan = prepared.plan
         if plan.num_kept_later:
@@ -656,7 +653,8 @@ def _train_and_save(job: _Job, folder: Path, texts: _Texts) -> None:
                 plan = _keep_layers(job, model, transfer, texts, folder)
         with job.phase("finetune"):
             wrapped = add_lora(model, [row.path for row in plan.converted], recipe.stages.finetune.lora, seed=context.seed)
-            finetune = run_finetune(wrapped, _cores(model), texts.finetune, recipe.stages.finetune, context)
+            compiled = replace(context, compile=_compiles(job, recipe.stages.finetune.tokens))
+            finetune = run_finetune(wrapped, _cores(model), texts.finetune, recipe.stages.finetune, compiled)
         job.record.plan, job.record.stages = plan.to_dict(), [asdict(transfer), asdict(finetune)]
         job.save_record(folder)
 
@@ -695,6 +693,24 @@ def _train_and_save(job: _Job, folder: Path, texts: _Texts) -> None:
         gc.collect()
         if job.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _compiles(job: _Job, num_tokens: int) -> bool:
+    """Whether a stage of `num_tokens` gains more from compiling than it costs (about a minute on an H100 with 16 CPU cores)."""
+    return job.device.type == "cuda" and num_tokens >= 500_000
+
+
+@contextlib.contextmanager
+def _compiled_kernels(model: Any, enabled: bool) -> Iterator[None]:
+    """Inside, the cores' operators run compiled. Never outside: evaluation and decoding meet many shapes, and each would be compiled anew."""
+    cores = list(_cores(model).values())
+    try:
+        for core in cores:
+            core.compile_kernel = enabled
+        yield
+    finally:
+        for core in cores:
+            core.compile_kernel = False
 
 
 def _record_files(job: _Job, folder: Path) -> dict[str, str]:
@@ -877,7 +893,8 @@ def run_same_data_baseline(prepared: Prepared, options: RunOptions, ui: RunUI) -
             student = _on_device(load_model(prepared.source, dtype=options.dtype).model, job)
         with job.phase("finetune"):
             wrapped = add_lora(student, [row.path for row in prepared.plan.converted], recipe.stages.finetune.lora, seed=seed)
-            run_finetune(wrapped, {}, texts.finetune, recipe.stages.finetune, job.context(folder))
+            context = replace(job.context(folder), compile=_compiles(job, recipe.stages.finetune.tokens))
+            run_finetune(wrapped, {}, texts.finetune, recipe.stages.finetune, context)
             student = cast(Any, merge_lora(wrapped)).eval().requires_grad_(False)
         with job.phase("evaluate"):
             teacher = _on_device(load_model(prepared.source, dtype=options.dtype).model, job)
