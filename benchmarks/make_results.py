@@ -181,7 +181,7 @@ def demo() -> str:
 
 def readme_table() -> str:
     """The short table of README.md."""
-    rows = [x for x in load("smollm2_h100.json")]
+    rows = list(load("smollm2_h100.json"))
     rows.sort(key=lambda x: ORDER.index(x[1]["variant"]))
     names = {
         "teacher-same-data": "the original, finetuned on the same text",
