@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 import typer.main
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 EXIT_ERROR, EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 1, 2, 3, 130
 RESUMABLE = ("linearize", "convert")
 DEBUG = "ATTNCONVERT_DEBUG"
+
+_SUITES = ("quick", "standard", "long")  # as reevaluate.SUITES, which imports torch
 
 # Width of text when the output is no terminal; and of tables always, at least: a wrapped line is better than a figure cut short.
 _TEXT_COLUMNS, _TABLE_COLUMNS = 120, 160
@@ -382,12 +384,54 @@ def merge(
     rich_help_panel=_USE,
     epilog=_examples(
         "attnconvert evaluate-converted demo-hedgehog",
+        "attnconvert evaluate-converted demo-hedgehog --suite standard",
         "attnconvert evaluate-converted demo-hedgehog --data my-text.jsonl --tokens 500k",
-        "attnconvert evaluate-converted my-model-hedgehog --against ./my-model --json",
+        "attnconvert evaluate-converted my-model-hedgehog --tasks arc_easy,hellaswag --limit 200",
+        "attnconvert evaluate-converted my-model-hedgehog --against ./my-model --fail-below ppl-ratio=1.05 --fail-below passkey=0.9 --json",
     ),
 )
 def evaluate_converted(
     folder: Folder,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_RUN_PANEL,
+            show_default="the recipe's settings",
+            help="How much to measure: `quick` (seconds), `standard` (needles by depth, MQAR, attention maps, texts side by side), `long` (a GPU's work).",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", rich_help_panel=_RUN_PANEL, show_default=False, help="Benchmarks to run with lm-evaluation-harness, or paths of its YAML tasks."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", rich_help_panel=_RUN_PANEL, show_default=False, help="A folder with more YAML tasks.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(metavar="N", min=0.0, rich_help_panel=_RUN_PANEL, show_default="all", help="Samples per task; below 1 a share of them.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(metavar="N", min=0, rich_help_panel=_RUN_PANEL, show_default="the task's", help="Examples in a task's prompt.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_RUN_PANEL, help="Samples of a task per forward pass.")] = 8,
+    fidelity: Annotated[
+        bool | None,
+        typer.Option(
+            "--fidelity/--no-fidelity", rich_help_panel=_RUN_PANEL, show_default="with standard and long", help="Compare attention maps and generated text."
+        ),
+    ] = None,
+    fail_below: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=X",
+            rich_help_panel=_RUN_PANEL,
+            show_default=False,
+            help="Exit 1 when a figure is worse: ppl-ratio and kl (maximums), agreement and passkey (minimums). Repeatable.",
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -395,6 +439,15 @@ def evaluate_converted(
             rich_help_panel=_MODEL_PANEL,
             show_default="the model that was converted",
             help="What to compare with: Hub id, directory, or `none`.",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            rich_help_panel=_MODEL_PANEL,
+            show_default="the run's own, if any",
+            help="A softmax model finetuned on the same text, measured beside.",
         ),
     ] = None,
     tokens: Annotated[
@@ -415,28 +468,231 @@ def evaluate_converted(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Measure a converted model: perplexity, KL and agreement with the teacher, recall, cache size.
+    """Measure a converted model: perplexity, KL and agreement with the teacher by position, recall, cache size, benchmarks.
 
-    Prints a table, and writes report.json and report.md into DIR.
+    Prints tables with what is wrong in red, and writes report.json, report.md and report.html into DIR.
     """
     _check_choice("dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
+    if suite is not None:
+        _check_choice("suite", suite, _SUITES)
     _check_device(device)
     with _libraries(verbose):
         from attnconvert.convert import reevaluate
+        from attnconvert.convert.html import write_html
         from attnconvert.convert.report import render_table, write_report
 
+        thresholds = reevaluate.parse_thresholds(fail_below or ())
+        names = tuple(part.strip() for part in (tasks or "").split(",") if part.strip())
+        options = reevaluate.TaskOptions(names, include_path, limit, num_fewshot, batch_size)
         with RunUi(_stderr(), quiet=quiet) as ui:
             report, conversion = reevaluate.evaluate_converted(
-                folder, against=against, tokens=_token_count(tokens), data=data, device=_resolved(device), dtype=dtype, note=ui.on_phase, progress=ui.on_eval
+                folder,
+                suite=cast("Any", suite),
+                against=against,
+                baseline=baseline,
+                tokens=_token_count(tokens),
+                data=data,
+                fidelity=fidelity,
+                tasks=options,
+                device=_resolved(device),
+                dtype=dtype,
+                note=ui.on_phase,
+                progress=ui.on_eval,
             )
-        paths = write_report(report, conversion, folder)
+        paths = [*write_report(report, conversion, folder), write_html(folder)]
     if as_json:
         from attnconvert.convert.evaluate import json_safe
 
         _print_json({"conversion": json_safe(conversion), "evaluation": report.to_dict()})
+    else:
+        _show(render_table(report), _stdout())
+        _say(f"wrote {', '.join(map(str, paths))}")
+    reevaluate.check_thresholds(report, thresholds)
+
+
+@app.command(
+    rich_help_panel=_USE,
+    epilog=_examples(
+        "attnconvert bench demo-hedgehog",
+        "attnconvert bench demo-hedgehog --lengths 512,1024,2048 --new-tokens 16",
+        "attnconvert bench my-model-hedgehog --device cuda --lengths 1024,8192,65536 --batch-sizes 1,8,32",
+        "attnconvert bench user/my-model-hedgehog --out bench-results",
+    ),
+)
+def bench(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="DIR|ID", show_default=False, help="A converted checkpoint, or its Hub id.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEACHER",
+            rich_help_panel=_MODEL_PANEL,
+            show_default="the model that was converted",
+            help="What to compare with: Hub id, directory, or `none`.",
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", rich_help_panel=_RUN_PANEL, show_default="powers of two as far as the model goes", help="Prompt lengths in tokens."),
+    ] = None,
+    batch_sizes: Annotated[
+        str | None, typer.Option(metavar="N,N,...", rich_help_panel=_RUN_PANEL, show_default="1; on a GPU 1 and 8", help="Prompts at a time.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_RUN_PANEL, help="Decode steps per repeat.")] = 64,
+    max_seconds: Annotated[
+        float,
+        typer.Option(metavar="S", min=0.1, rich_help_panel=_RUN_PANEL, help="Stop a model's series of lengths before one that would take longer than this."),
+    ] = 60.0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", rich_help_panel=_OUT_PANEL, show_default="DIR", help="Where the figures and plots go.")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure speed and memory: prefill and decode, teacher and student in turns, against length and batch.
+
+    Prints tables and the length from which the student is faster; writes report.json (or bench.json) and plots into DIR. Ctrl-C keeps
+    what is measured.
+    """
+    _check_choice("dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
+    _check_device(device)
+    asked = {"lengths": _sizes("lengths", lengths), "batch_sizes": _sizes("batch-sizes", batch_sizes)}
+    with _libraries(verbose):
+        from attnconvert.convert import bench as benchmark
+
+        with RunUi(_stderr(), quiet=quiet) as ui:
+            result = benchmark.bench(
+                model,
+                against=against,
+                device=_resolved(device),
+                dtype=dtype,
+                lengths=asked["lengths"],
+                batch_sizes=asked["batch_sizes"],
+                new_tokens=new_tokens,
+                max_seconds=max_seconds,
+                out=out,
+                progress=ui.on_eval,
+                note=ui.on_phase,
+                command=shlex.join(["attnconvert", *ctx.obj]),
+            )
+        folder = benchmark.output_folder(model, out)
+        if (folder / "report.json").exists():
+            from attnconvert.convert.html import write_html
+
+            write_html(folder)
+    if as_json:
+        _print_json(result)
+    else:
+        _show(benchmark.render_bench(result), _stdout())
+        if result["rows"] or not result["interrupted"]:
+            _say(f"wrote {', '.join(map(str, [benchmark.result_file(folder), *(folder / name for name in result['plots'])]))}")
+    if result["interrupted"]:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@app.command(
+    rich_help_panel=_USE,
+    epilog=_examples(
+        "attnconvert compare demo-hedgehog demo-window-sinks",
+        "attnconvert compare results/*/ --markdown > table.md",
+        "attnconvert compare a b --json",
+    ),
+)
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", show_default=False, help="Folders that attnconvert wrote and measured.")],
+    as_markdown: Annotated[bool, typer.Option("--markdown", rich_help_panel=_OUT_PANEL, help="Print a Markdown table.")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Compare conversions in one table, from the reports in their folders; measures nothing anew.
+
+    The best value of each column is marked. Warns where rows were measured on different text, models or devices.
+    """
+    if as_markdown and as_json:
+        raise typer.BadParameter("choose one of --markdown and --json", param_hint="--markdown")
+    with _libraries(verbose):
+        from attnconvert.convert import compare as comparing
+
+    comparison = comparing.compare(folders)
+    if as_json:
+        _print_json(comparison.to_dict())
+    elif as_markdown:
+        sys.stdout.write(comparing.comparison_markdown(comparison))
+    else:
+        _show(comparing.render_comparison(comparison), _stdout())
+
+
+@app.command(
+    rich_help_panel=_USE,
+    epilog=_examples(
+        "attnconvert push demo-hedgehog my-name/demo-hedgehog --dry-run",
+        "attnconvert push SmolLM2-135M-Instruct-hedgehog my-name/SmolLM2-135M-hedgehog --private",
+        "attnconvert push my-adapters my-name/my-adapters --adapters-only",
+    ),
+)
+def push(
+    folder: Folder,
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", show_default=False, help="Repository on the Hub, created if need be; NAME alone = yours.")],
+    private: Annotated[bool, typer.Option("--private", rich_help_panel=_OUT_PANEL, help="Create the repository private.")] = False,
+    adapters_only: Annotated[bool, typer.Option("--adapters-only", rich_help_panel=_OUT_PANEL, help="DIR was written with --adapters-only.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", rich_help_panel=_RUN_PANEL, help="List the files that would be pushed; needs no network and no token.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", rich_help_panel=_OUT_PANEL, show_default="main", help="Branch to push to, created if need be.")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", rich_help_panel=_OUT_PANEL, help="Open a pull request instead of committing to main.")] = False,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", metavar="TEXT", rich_help_panel=_OUT_PANEL, show_default=False, help="Commit message.")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Put a conversion on the Hub with a model card from its report; refuses a model that does not reload or gives other logits when decoded.
+
+    Only the model, its code, tokenizer, report and record go; paths of this machine are taken out. The token is that of `hf auth login` or HF_TOKEN.
+    Run it again after an interruption: what has arrived is not sent again.
+    """
+    with _libraries(verbose):
+        from attnconvert.convert import hub
+
+        with RunUi(_stderr(), quiet=quiet) as ui:
+            result = hub.push(
+                folder, repo_id, private=private, adapters_only=adapters_only, dry_run=dry_run, revision=revision, commit_message=message, create_pr=create_pr,
+                progress=ui.on_eval, note=ui.note,
+            )  # fmt: skip
+    if as_json:
+        _print_json(result.to_dict())
         return
-    _show(render_table(report), _stdout())
-    _say(f"wrote {' and '.join(map(str, paths))}")
+    typer.echo(result.render())
+
+
+@app.command(
+    rich_help_panel=_USE, epilog=_examples("attnconvert card demo-hedgehog", "attnconvert card my-model --repo-id my-name/my-model --license apache-2.0")
+)
+def card(
+    folder: Folder,
+    repo_id: Annotated[
+        str | None,
+        typer.Option("--repo-id", metavar="USER/NAME", rich_help_panel=_OUT_PANEL, show_default=False, help="Name on the Hub, for the code to copy."),
+    ] = None,
+    license_: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", rich_help_panel=_OUT_PANEL, show_default="the base model's", help="Licence id of the Hub, e.g. apache-2.0."),
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option("--language", metavar="CODE", rich_help_panel=_OUT_PANEL, show_default="the base model's", help="ISO code; repeatable.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", rich_help_panel=_RUN_PANEL, help="Do not ask the Hub for the base model's licence.")] = False,
+) -> None:
+    """Write DIR/README.md, the model card, from the report; what you write outside its marked part stays."""
+    from attnconvert.convert.card import write_card
+
+    typer.echo(f"wrote {_shown(write_card(folder, repo_id=repo_id, license=license_, language=language, offline=offline))}")
 
 
 @app.command(
@@ -850,6 +1106,16 @@ def _libraries(verbose: bool) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- checks of options
+
+
+def _sizes(option: str, text: str | None) -> list[int] | None:
+    """`1024,4096` -> [1024, 4096], None stays."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers such as 1024,4096", param_hint=f"--{option}")
+    return [int(part) for part in parts]
 
 
 def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:

@@ -6,34 +6,23 @@ import copy
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokenizers.processors import TemplateProcessing
+from test_recall import bytes_tokenizer, tiny_llama
 from torch.nn import functional as F
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from attnconvert.convert import evaluate
-from attnconvert.convert.evaluate import (
-    EvalReport,
-    cache_bytes,
-    evaluate_models,
-    head_is_separate,
-    json_safe,
-    passkey_prompts,
-    passkey_result,
-    passkey_scores,
-    rank_right_key,
-    wilson_interval,
-)
+from attnconvert.convert import evaluate, reevaluate
+from attnconvert.convert.evaluate import EvalReport, cache_bytes, evaluate_models, head_is_separate, json_safe
+from attnconvert.convert.reevaluate import check_thresholds, parse_thresholds
 from attnconvert.convert.report import compact_settings, format_bytes, format_seconds, layer_map, ranges, render_markdown, render_table, write_report
 from attnconvert.distill.config import EvalConfig
 from attnconvert.distill.data import PackedRows
@@ -44,24 +33,9 @@ CPU = torch.device("cpu")
 VOCAB = 300
 
 
-def _tiny_llama(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,  # logits of a spread that makes KL and ranks mean something
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="module")
 def teacher() -> LlamaForCausalLM:
-    return _tiny_llama(0)
+    return tiny_llama(0)
 
 
 @pytest.fixture(scope="module")
@@ -75,28 +49,9 @@ def student(teacher: LlamaForCausalLM) -> LlamaForCausalLM:
     return student
 
 
-def _bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte: digits are single tokens, as in SmolLM2."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def _merging_tokenizer() -> PreTrainedTokenizerFast:
-    """A BPE that merges some digits, so that candidate keys differ in token count."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator([f" {number * number}" for number in range(3000)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return _bytes_tokenizer()
+    return bytes_tokenizer()
 
 
 def _packed(num_rows: int, length: int, *, document: int | None = None, seed: int = 0) -> PackedRows:
@@ -313,163 +268,81 @@ def test_a_teacher_with_another_vocabulary_is_refused(teacher: LlamaForCausalLM,
     assert str(VOCAB + 1) in error.value.message
 
 
-# ---------------------------------------------------------------- passkey recall
+# ---------------------------------------------------------------- by position
 
 
-class _Induction:
-    """A model that continues with what followed the longest earlier match of its last tokens, seeing only `reach` tokens back."""
-
-    def __init__(self, reach: int | None = None):
-        self.reach = reach
-
-    def __call__(self, input_ids: torch.Tensor, use_cache: bool, logits_to_keep: int = 0, past_key_values: Any = None) -> Any:
-        seen = input_ids if past_key_values is None else torch.cat([past_key_values.seen, input_ids], dim=1)
-        logits = torch.zeros(*input_ids.shape, VOCAB)
-        for b in range(len(seen)):
-            for t in range(input_ids.shape[1]):
-                prefix = seen[b, : seen.shape[1] - input_ids.shape[1] + t + 1].tolist()
-                prefix = prefix if self.reach is None else prefix[-self.reach :]
-                logits[b, t, self._next(prefix)] = 10.0
-        cache = SimpleNamespace(seen=seen)
-        cache.batch_repeat_interleave = lambda n: setattr(cache, "seen", cache.seen.repeat_interleave(n, 0))
-        return SimpleNamespace(logits=logits[:, -logits_to_keep:], past_key_values=cache)
-
-    @staticmethod
-    def _next(prefix: list[int]) -> int:
-        best, following = 0, 0
-        for end in range(1, len(prefix)):
-            match = 0
-            while match < end and prefix[end - 1 - match] == prefix[-1 - match]:
-                match += 1
-            if match >= best and match > 0:
-                best, following = match, prefix[end]
-        return following
-
-
-class _Uniform:
-    def __call__(self, input_ids: torch.Tensor, use_cache: bool, logits_to_keep: int = 0, past_key_values: Any = None) -> Any:
-        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, VOCAB), past_key_values=SimpleNamespace(batch_repeat_interleave=lambda n: None))
-
-
-def _recall(model: Any, tokenizer: Any, length: int, trials: int, window: int | None) -> Any:
-    prompts = passkey_prompts(tokenizer, length, trials, window, seed=0)
-    assert prompts is not None
-    return passkey_result("model", prompts, torch.cat(list(passkey_scores(model, prompts, CPU))))
-
-
-def test_a_model_that_copies_recalls_every_key(tokenizer: PreTrainedTokenizerFast) -> None:
-    result = _recall(_Induction(), tokenizer, 320, 6, window=None)
-    assert result.accuracy == 1
-    assert result.mrr == 1
-    assert result.by_third == (1, 1, 1)
-
-
-def test_a_model_that_sees_two_windows_recalls_nothing_beyond_the_window(tokenizer: PreTrainedTokenizerFast) -> None:
-    window = 80
-    result = _recall(_Induction(reach=2 * window), tokenizer, 480, 6, window=window)
-    assert result.beyond_window is True
-    assert result.accuracy <= 1 / 6
-
-
-def test_a_uniform_model_scores_chance_because_ties_are_shared(tokenizer: PreTrainedTokenizerFast) -> None:
-    result = _recall(_Uniform(), tokenizer, 320, 3, window=None)
-    assert result.accuracy == pytest.approx(0.1)
-    assert result.mrr == pytest.approx(sum(1 / k for k in range(1, 11)) / 10)
-
-
-def test_a_model_without_knowledge_scores_near_chance(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    prompts = passkey_prompts(tokenizer, 256, 200, None, seed=0)
-    assert prompts is not None
+def test_each_position_bucket_equals_its_tokens_computed_alone(
+    student: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = _packed(3, 300, document=150)
+    report = _run(student, teacher, tokenizer, rows, _config(length=300), ablations={"same": nullcontext})
+    found = [(row.start, row.stop, row.num_tokens) for row in report.positions if row.name == "student"]
+    # a token predicts from its position p, so 149 of each document's 150 tokens do
+    assert found == [(0, 64, 6 * 64), (64, 128, 6 * 64), (128, 256, 6 * 21)]
+    documents = rows.input_ids.long().reshape(6, 150)
     with torch.no_grad():
-        result = passkey_result("random", prompts, torch.cat(list(passkey_scores(teacher, prompts, CPU))))
-    assert result.ci95[0] < 0.1 < result.ci95[1]
+        p, q = (F.log_softmax(model(input_ids=documents).logits[:, :-1].double(), dim=-1) for model in (teacher, student))
+    targets = documents[:, 1:, None]
+    for row in (row for row in report.positions if row.name == "student"):
+        part = slice(row.start, row.stop)
+        nll, teacher_nll = (-logp.gather(2, targets)[:, part].mean().item() for logp in (q, p))
+        assert row.nll == pytest.approx(nll, rel=1e-5)
+        assert row.ppl == pytest.approx(math.exp(nll), rel=1e-5)
+        assert row.ppl_ratio == pytest.approx(math.exp(nll - teacher_nll), rel=1e-5)
+        assert row.kl == pytest.approx((p.exp() * (p - q)).sum(-1)[:, part].mean().item(), rel=1e-4)
+    quality = report.quality_of("student")
+    total = sum(row.nll * row.num_tokens for row in report.positions if row.name == "student")
+    assert total / report.num_tokens == pytest.approx(quality.nll.value)
+    assert {row.name for row in report.positions} == {"teacher", "student", "same"}
+    assert [row.kl for row in report.positions if row.name == "teacher"] == [None] * 3
 
 
-def test_nan_scores_never_count_as_recall() -> None:
-    credit, reciprocal = rank_right_key(torch.tensor([[math.nan] + [-3.0] * 9, [math.nan] * 10]))
-    assert credit.tolist() == pytest.approx([0, 0.1])
-    assert reciprocal[0] == pytest.approx(0.1)
+def test_the_change_an_ablation_makes_is_resampled_in_pairs(student: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    report = _run(student, teacher, tokenizer, _packed(8, 24), _config(), ablations={"nothing off": nullcontext})
+    same = report.quality_of("nothing off")
+    assert same.kl is not None
+    assert same.kl.se is not None
+    assert same.kl.se > 0
+    assert same.kl_change is not None
+    assert (same.kl_change.value, same.kl_change.ci95) == (0, (0, 0))
+    assert report.quality_of("student").kl_change is None
 
 
-def test_rank_counts_the_better_candidates() -> None:
-    scores = torch.arange(10.0).flip(0).repeat(3, 1)  # the right key is best ...
-    scores[1, 0] = 7.5  # ... third ...
-    scores[2, 0] = -1.0  # ... last
-    credit, reciprocal = rank_right_key(scores)
-    assert credit.tolist() == [1, 0, 0]
-    assert reciprocal.tolist() == pytest.approx([1, 1 / 2, 1 / 10])
+# ---------------------------------------------------------------- suites
 
 
-@pytest.mark.parametrize("make_tokenizer", [_bytes_tokenizer, _merging_tokenizer])
-def test_scores_equal_a_full_forward_of_each_candidate(teacher: LlamaForCausalLM, make_tokenizer: Callable[[], PreTrainedTokenizerFast]) -> None:
-    tokenizer = make_tokenizer()
-    prompts = passkey_prompts(tokenizer, 256, 3, None, seed=0)
-    assert prompts is not None
-    if make_tokenizer is _merging_tokenizer:
-        assert len(set(prompts.answer_mask.sum(dim=-1).flatten().tolist())) > 1, "candidates must differ in token count"
-    with torch.no_grad():
-        scores = torch.cat(list(passkey_scores(teacher, prompts, CPU)))
-        for n, context in enumerate(prompts.context):
-            for c in range(10):
-                answer = prompts.answers[n, c][prompts.answer_mask[n, c]]
-                logp = F.log_softmax(teacher(input_ids=torch.cat([context, answer])[None]).logits[0].double(), dim=-1)
-                expected = logp[len(context) - 1 : -1].gather(1, answer[:, None]).sum().item()
-                assert scores[n, c].item() == pytest.approx(expected, abs=1e-3)
+def test_quick_is_what_a_conversion_measures_and_the_others_are_more() -> None:
+    quick, standard, long = (EvalConfig.suite(name) for name in ("quick", "standard", "long"))
+    assert quick == EvalConfig()
+    assert (quick.needle_trials, quick.mqar_trials) == (0, 0)
+    for field in ("tokens", "passkey_trials", "needle_trials", "mqar_trials"):
+        assert getattr(quick, field) < getattr(standard, field) < getattr(long, field)
+    assert max(long.passkey_windows) > max(standard.passkey_windows)
 
 
-@pytest.mark.parametrize("make_tokenizer", [_bytes_tokenizer, _merging_tokenizer])
-def test_prompts_read_as_promised(make_tokenizer: Callable[[], PreTrainedTokenizerFast]) -> None:
-    tokenizer = make_tokenizer()
-    prompts = passkey_prompts(tokenizer, 420, 9, 40, seed=3)
-    assert prompts is not None
-    assert prompts.beyond_window is True
-    assert prompts.distance.min() >= 80
-    assert prompts.context.shape[1] + prompts.answers.shape[2] == 420
-    fillers = set()
-    for n, context in enumerate(prompts.context):
-        text = tokenizer.decode(context)
-        candidates = [tokenizer.decode(prompts.answers[n, c][prompts.answer_mask[n, c]]) for c in range(10)]
-        key = candidates[0].strip()
-        assert all(candidate[0] == " " and candidate.strip().isdigit() and len(candidate) == 6 for candidate in candidates)
-        assert len(set(candidates)) == 10
-        assert text.count(f" The pass key is {key}. Remember it. {key} is the pass key.") == 1
-        assert text.endswith(" What is the pass key? The pass key is")
-        assert all(candidate.strip() not in text for candidate in candidates[1:])
-        after = text.split(" is the pass key.")[1]
-        assert len(tokenizer(after)["input_ids"]) == prompts.distance[n]
-        sentences = after.split(". ")[:-1]
-        fillers.update(sentences)
-        assert len(set(sentences)) == len(sentences)
-    assert len(fillers) > 9
-    assert sorted(prompts.third.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert (prompts.distance[prompts.third == 0].min() > prompts.distance[prompts.third == 2].max()).item()
+def test_what_a_recipe_chose_wins_over_the_suite() -> None:
+    recipe = EvalConfig(tokens=5000, passkey_lengths=(64,), needle_trials=0)
+    config = EvalConfig.suite("standard", recipe)
+    assert (config.tokens, config.passkey_lengths) == (5000, (64,))
+    assert config.needle_trials == EvalConfig.suite("standard").needle_trials  # written out, but the default
 
 
-def test_prompts_are_a_function_of_the_seed(tokenizer: PreTrainedTokenizerFast) -> None:
-    first, again, other = (passkey_prompts(tokenizer, 300, 2, None, seed=seed) for seed in (0, 0, 1))
-    assert first is not None
-    assert again is not None
-    assert other is not None
-    assert torch.equal(first.context, again.context)
-    assert not torch.equal(first.context, other.context)
+def test_rows_of_a_suite_are_no_longer_than_the_model_was_built_for(teacher: LlamaForCausalLM) -> None:
+    recipe = EvalConfig(passkey_trials=3)
+    assert reevaluate._eval_config(recipe, None, None, teacher) == recipe
+    assert reevaluate._eval_config(recipe, "long", 77, teacher) == EvalConfig.suite("long", recipe).model_copy(update={"length": 512, "tokens": 77})
+    # a recipe's own length is the user's word
+    chosen = EvalConfig(length=700)
+    assert reevaluate._eval_config(chosen, "long", None, teacher).length == 700
 
 
-def test_a_beginning_of_sequence_token_is_kept_when_the_tokenizer_adds_one(tokenizer: PreTrainedTokenizerFast) -> None:
-    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    inner.add_special_tokens(["<s>"])
-    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))])
-    with_bos = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
-    prompts = passkey_prompts(with_bos, 256, 2, None, seed=0)
-    assert prompts is not None
-    assert (prompts.context[:, 0] == with_bos.bos_token_id).all()
-    assert (prompts.context[:, 1:] != with_bos.bos_token_id).all()
-    assert prompts.context.shape[1] + prompts.answers.shape[2] == 256
+def test_an_unknown_suite_names_the_known_ones(tmp_path: Any) -> None:
+    with pytest.raises(AttnConvertError, match="unknown suite 'huge'") as error:
+        reevaluate.evaluate_converted(tmp_path, suite="huge")  # type: ignore[arg-type]
+    assert error.value.expected == "one of: quick, standard, long"
 
 
-def test_a_length_within_reach_of_the_window_is_marked(tokenizer: PreTrainedTokenizerFast) -> None:
-    prompts = passkey_prompts(tokenizer, 256, 2, 128, seed=0)
-    assert prompts is not None
-    assert prompts.beyond_window is False
+# ---------------------------------------------------------------- lengths
 
 
 def test_lengths_that_cannot_be_run_are_skipped_and_said(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -484,12 +357,6 @@ def test_default_lengths_are_one_four_and_sixteen_windows(teacher: LlamaForCausa
     report = _run(teacher, None, tokenizer, _packed(2, 24), _config(trials=1), window=128)
     assert {row.length for row in report.state_bytes} == {24, 128, 512}
     assert any("2048" in note for note in report.notes)
-
-
-def test_wilson_interval_matches_published_values() -> None:
-    assert wilson_interval(20, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
-    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-    assert wilson_interval(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-4)
 
 
 # ---------------------------------------------------------------- decode state
@@ -532,14 +399,37 @@ def test_states_in_dicts_and_lists_are_counted_once() -> None:
 # ---------------------------------------------------------------- report
 
 
+def test_every_recall_test_is_measured_for_every_model(report: EvalReport) -> None:
+    names = {"teacher", "student", "zero-linear-branch"}
+    assert {(row.name, row.num_needles, row.length) for row in report.needles} == {(name, 1, 480) for name in names}
+    assert [row.depth for row in report.needles if row.name == "student"] == [0.25, 0.75]
+    assert {(row.name, row.num_pairs, row.chance) for row in report.mqar} == {(name, 4, 0.25) for name in names}
+    assert any("4 needles in 480 tokens" in note for note in report.notes)
+
+
 @pytest.fixture(scope="module")
 def report(student: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> EvalReport:
     @contextmanager
     def nothing() -> Iterator[None]:
         yield
 
-    config = _config(lengths=(256, 9999), trials=2)
-    return _run(student, teacher, tokenizer, _packed(6, 24, document=7), config, window=16, ablations={"zero-linear-branch": nothing})
+    more = {"needle_lengths": (480,), "needle_trials": 2, "needle_depths": 2, "mqar_pairs": (4,), "mqar_trials": 8}
+    config = _config(length=96, lengths=(256, 9999), trials=2).model_copy(update=more)
+    measured = _run(student, teacher, tokenizer, _packed(6, 96, document=90), config, window=16, ablations={"zero-linear-branch": nothing})
+    layer = {"layer_idx": 1, "output_error": 0.75, "kl": 0.5, "entropy_teacher": 1.5, "entropy_student": 2.5, "monotonicity": None, "heads": []}
+    task = {
+        "task": "tiny_qa",
+        "metric": "acc",
+        "num_fewshot": 0,
+        "num_samples": 40,
+        "teacher": 0.6,
+        "teacher_se": 0.05,
+        "student": 0.2,
+        "student_se": 0.05,
+        "chance": 0.25,
+    }
+    sample = {"prompt": "Hello\nthere", "teacher": "a * b", "student": "| c"}
+    return replace(measured, fidelity={"rows": 1, "tokens": 96, "layers": [layer], "maps": []}, tasks=(task,), generation=(sample,)).with_findings()
 
 
 def _plan() -> ConversionPlan:
@@ -613,7 +503,88 @@ def test_every_table_row_has_as_many_cells_as_its_head(report: EvalReport) -> No
             if not before.startswith("|"):
                 tables, width = tables + 1, line.count("|")
             assert line.count("|") == width, line
-    assert tables == 5
+    assert tables == 10
+
+
+def test_the_markdown_report_shows_every_part_and_marks_what_is_bad(report: EvalReport) -> None:
+    text = render_markdown(report, _conversion())
+    for heading in ("Findings", "By position", "Needles by depth", "Associative recall (MQAR)", "Attention", "Tasks", "Side by side"):
+        assert f"\n## {heading}\n" in text, heading
+    assert "| 1 **bad** | 0.750 | 0.500 | 1.50 / 2.50 | - |" in text
+    assert "| tiny_qa **bad** | acc | 0 | 40 | 0.600 +- 0.050 | 0.200 +- 0.050 | 0.250 |" in text
+    assert "- **bad** fidelity, layer 1: The attention output of layer 1 is off by 0.75" in text
+    assert "> *Prompt*: Hello there" in text
+    assert "**Student**: \\| c" in text
+    first = next(row for row in report.needles if row.name == "student")
+    assert f"| 480 | student | {first.accuracy:.2f}" in text
+
+
+def test_the_terminal_colours_the_rows_with_findings(report: EvalReport) -> None:
+    console = Console(width=160, record=True, file=io.StringIO(), force_terminal=True, color_system="standard")
+    console.print(render_table(report))
+    lines = console.export_text(styles=True).splitlines()
+    (task,) = (line for line in lines if "tiny_qa" in line and "acc " in line)
+    assert "\x1b[31m" in task
+    (teacher,) = (line for line in lines if line.strip().startswith("teacher ") and "[" in line.replace("\x1b[", ""))
+    assert "\x1b[31m" not in teacher
+    assert any("bad: tasks, tiny_qa: tiny_qa (acc): 0.200" in line for line in lines)
+
+
+def test_a_report_of_schema_version_1_still_loads(report: EvalReport) -> None:
+    new = ("positions", "needles", "mqar", "fidelity", "generation", "tasks", "findings", "recurrent")
+    old = {key: value for key, value in report.to_dict().items() if key not in new} | {"schema_version": 1}
+    old["quality"] = [{key: value for key, value in row.items() if key != "kl_change"} for row in old["quality"]]
+    loaded = EvalReport.from_dict(old)
+    assert loaded.passkey == report.passkey
+    assert (loaded.positions, loaded.needles, loaded.fidelity, loaded.findings) == ((), (), {}, ())
+    assert "## Needles" not in render_markdown(loaded, {})
+
+
+def test_measuring_again_keeps_the_speed_measurements(report: EvalReport, tmp_path: Any) -> None:
+    path, _ = write_report(report, {}, tmp_path)
+    assert "bench" not in json.loads(path.read_text())
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bench": {"rows": [1]}}))
+    write_report(report, _conversion(), tmp_path)
+    assert json.loads(path.read_text())["bench"] == {"rows": [1]}
+    assert json.loads(path.read_text())["conversion"]["recipe_name"] == "hedgehog"
+
+
+# ---------------------------------------------------------------- limits
+
+
+def test_limits_fail_in_the_direction_that_is_worse(report: EvalReport) -> None:
+    student = report.quality_of("student")
+    assert student.kl is not None
+    assert student.agreement is not None
+    kl, agreement = student.kl.value, student.agreement.value
+    recall = min(row.accuracy for row in report.passkey if row.name == "student")
+    check_thresholds(report, parse_thresholds([f"kl={kl + 0.01}", f"agreement={agreement - 0.01}", f"passkey={recall}", "ppl-ratio=1000"]))
+    with pytest.raises(AttnConvertError) as error:
+        check_thresholds(report, parse_thresholds([f"kl={kl - 0.01}", f"agreement={agreement + 0.01}", f"passkey = {recall + 0.5}", "ppl-ratio=1000"]))
+    assert error.value.code == "below-threshold"
+    for part in ("kl is ", "the maximum is ", "agreement is ", "the minimum is ", "passkey is "):
+        assert part in error.value.message
+    assert "ppl-ratio" not in error.value.message
+
+
+@pytest.mark.parametrize("text", ["speed=3", "kl", "kl=", "kl=low", "kl=nan"])
+def test_a_limit_that_cannot_be_read_names_the_choices(text: str) -> None:
+    with pytest.raises(AttnConvertError) as error:
+        parse_thresholds([text])
+    assert error.value.code == "bad-threshold"
+    assert "ppl-ratio, kl, agreement, passkey" in (error.value.expected or "")
+
+
+def test_what_was_not_measured_has_not_passed(teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    report = _run(teacher, None, tokenizer, _packed(3, 24), _config())
+    with pytest.raises(AttnConvertError, match="kl was not measured; passkey was not measured"):
+        check_thresholds(report, parse_thresholds(["kl=9", "passkey=0"]))
+
+
+def test_a_figure_that_is_not_finite_has_not_passed(report: EvalReport) -> None:
+    rows = tuple(replace(row, kl=evaluate.Estimate(math.nan)) if row.name == "student" else row for row in report.quality)
+    with pytest.raises(AttnConvertError, match="kl is nan"):
+        check_thresholds(replace(report, quality=rows), parse_thresholds(["kl=9"]))
 
 
 def test_missing_facts_are_left_out(report: EvalReport) -> None:

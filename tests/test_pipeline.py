@@ -256,7 +256,7 @@ def test_adapters_only_then_merge_equals_the_full_run(whole: Any, tmp_path: Path
     result = run(small(), RunOptions(tmp_path / "adapters", adapters_only=True), Log())
     assert result.report is not None
     assert result.report.quality_of("student").kl.value == pytest.approx(whole[2].report.quality_of("student").kl.value, rel=1e-3)
-    assert {"adapter_config.json", "adapter_model.safetensors", "cores.safetensors", "attnconvert.json", "report.json", "report.md", "attnconvert"} == {
+    assert {"adapter_config.json", "adapter_model.safetensors", "cores.safetensors", "attnconvert.json", "report.json", "report.md", "report.html", "attnconvert"} == {
         p.name for p in (tmp_path / "adapters").iterdir()
     }
     merge(tmp_path / "adapters", tmp_path / "merged", base=None, device="cpu")

@@ -845,6 +845,7 @@ def _on_device(model: Any, job: _Job) -> Any:
 
 
 def _write_report(job: _Job, report: EvalReport) -> None:
+    from attnconvert.convert.html import write_html
     from attnconvert.convert.report import write_report
 
     record = job.record
@@ -864,6 +865,7 @@ def _write_report(job: _Job, report: EvalReport) -> None:
         "seed": _seed(job.prepared, job.options),
     }
     write_report(report, conversion, job.options.out)
+    write_html(job.options.out)
 
 
 def run_same_data_baseline(prepared: Prepared, options: RunOptions, ui: RunUI) -> Quality:

@@ -1,26 +1,40 @@
-"""Load what a conversion saved, on this machine and by the installed attnconvert, and measure it again."""
+"""Load what a conversion saved, on this machine and by the installed attnconvert, and measure it again: the same, more, or against limits."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import attnconvert
-from attnconvert.convert.evaluate import EvalProgress, EvalReport, evaluate_models
+from attnconvert.convert.evaluate import EvalProgress, EvalReport, evaluate_models, json_safe
 from attnconvert.convert.load import Loaded, load_model, resolve
 from attnconvert.convert.merge import load_merged
 from attnconvert.convert.pipeline import FOLDER
 from attnconvert.convert.plan import evaluation_window
 from attnconvert.convert.save import FACTS_FILE
+from attnconvert.distill.config import EvalConfig, Suite
 from attnconvert.errors import AttnConvertError
 from attnconvert.recipes.load import LoadedRecipe, load_recipe
 from attnconvert.surgery.plan import ConversionPlan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from attnconvert.distill.data import PackedRows
+
 NO_TEACHER = "none"
 """The word for `--against` that measures the student alone."""
+BASELINE = "teacher, same data"
+"""Name of the dense baseline's rows in a report."""
+BASELINE_FOLDER = "baseline"
+"""Where in the run's own folder the dense baseline lies, when there is one."""
+SUITES: tuple[Suite, ...] = get_args(Suite)
+NUM_FIDELITY_ROWS: Mapping[Suite, int] = MappingProxyType({"quick": 2, "standard": 4, "long": 8})
 
 
 @dataclass(frozen=True)
@@ -98,24 +112,51 @@ def read_record(folder: Path) -> RunRecord:
     return RunRecord(load_recipe(recipe), facts)
 
 
+@dataclass(frozen=True)
+class TaskOptions:
+    """How lm-evaluation-harness runs.
+
+    Attributes:
+        names: its tasks, groups, or names of the YAML tasks of `include_path`; empty = none.
+        include_path: a folder of local YAML tasks.
+        limit: samples per task, or below 1 a share of them; None = all.
+        num_fewshot: examples in the prompt, None = the task's own number.
+        batch_size: samples of one forward pass.
+    """
+
+    names: tuple[str, ...] = ()
+    include_path: Path | None = None
+    limit: float | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 8
+
+
 def evaluate_converted(
     folder: Path,
     *,
+    suite: Suite | None = None,
     against: str | None = None,
+    baseline: str | None = None,
     tokens: int | None = None,
     data: str | None = None,
+    fidelity: bool | None = None,
+    tasks: TaskOptions | None = None,
     device: str = "cpu",
     dtype: str = "auto",
     note: Callable[[str], None] | None = None,
     progress: EvalProgress | None = None,
 ) -> tuple[EvalReport, dict[str, Any]]:
-    """Measure a converted model against its teacher as the end of its conversion did, or on other text.
+    """Measure a converted model against its teacher as the end of its conversion did, or more of it, or on other text.
 
     Args:
         folder: a checkpoint or an adapters folder.
+        suite: `EvalConfig.suite`; None = what the recipe says and nothing more.
         against: the teacher, None = the one that was converted, `none` = no teacher.
-        tokens: held-out tokens, None = as the recipe says.
+        baseline: a softmax model finetuned on the same text, measured beside; None = the run's own where it has one (attnconvert/baseline).
+        tokens: held-out tokens, None = as the suite or the recipe says.
         data: other held-out text (the forms of `data.source`), None = the conversion's own held-out documents.
+        fidelity: compare attention maps and text side by side; None = with the suites standard and long.
+        tasks: what to run with lm-evaluation-harness, None = nothing.
         device: a torch device.
         dtype: `auto`, `fp32`, `bf16` or `fp16`.
         note: told what happens.
@@ -125,16 +166,16 @@ def evaluate_converted(
         The report, and the facts about the conversion that `report.write_report` takes.
 
     Raises:
-        AttnConvertError: `not-converted`, `no-run-record`, and those of loading models and text.
+        AttnConvertError: `not-converted`, `no-run-record`, `unknown-suite`, and those of loading models and text and of running tasks.
     """
     from attnconvert.distill.data import load_data
     from attnconvert.surgery.swap import zeroed_linear_branch
 
     say = note or (lambda text: None)
+    if suite is not None and suite not in SUITES:
+        raise AttnConvertError("unknown-suite", f"unknown suite {suite!r}", expected=f"one of: {', '.join(SUITES)}")
     record = read_record(folder)
-    overrides = [] if tokens is None else [f"evaluate.tokens={tokens}"]
-    if data is not None:
-        overrides += [f"data.source={json.dumps(data)}", f"data.eval_source={json.dumps(data)}"]
+    overrides = [] if data is None else [f"data.source={json.dumps(data)}", f"data.eval_source={json.dumps(data)}"]
     recipe = load_recipe(record.recipe.source_path, overrides).recipe
     seed = int(record.facts["settings"]["seed"])
 
@@ -143,14 +184,15 @@ def evaluate_converted(
     student = loaded.model
     if getattr(student.config, "attn_plan", None) is None:
         raise AttnConvertError("not-converted", f"the model in {str(folder)!r} has no converted attention", hint="give the folder that a conversion wrote")
+    config = _eval_config(recipe.evaluate, suite, tokens, student)
     say("read text")
     held_out = load_data(
         recipe.data,
         loaded.tokenizer,
         length=recipe.stages.finetune.length,
         num_train_tokens=0,
-        num_eval_tokens=recipe.evaluate.tokens,
-        eval_length=recipe.evaluate.length,
+        num_eval_tokens=config.tokens,
+        eval_length=config.length,
         seed=seed,
     )
     teacher = None
@@ -158,10 +200,17 @@ def evaluate_converted(
         say("load teacher")
         source = resolve(record.teacher, revision=record.revision) if against is None else resolve(against)
         teacher = load_model(source, dtype=dtype).model
+    own_baseline = folder / FOLDER / BASELINE_FOLDER
+    if baseline is None and (own_baseline / "config.json").is_file():
+        baseline = str(own_baseline)
+    others = {}
+    if baseline is not None:
+        say("load baseline")
+        others[BASELINE] = load_model(resolve(baseline), dtype=dtype).model
     # 16-bit weights are computed with in fp32 on a CPU: exact, and faster
-    models = [model.float() if device == "cpu" else model for model in (student, teacher) if model is not None]
-    for model in models:
-        model.to(device)
+    for model in (student, teacher, *others.values()):
+        if model is not None:
+            (model.float() if device == "cpu" else model).to(device)
 
     ablations: dict[str, Callable[[], Any]] = {}
     if any(getattr(module, "linear", False) is True for module in student.modules() if hasattr(module, "linear_enabled")):
@@ -173,14 +222,35 @@ def evaluate_converted(
         teacher,
         loaded.tokenizer,
         held_out.eval,
-        recipe.evaluate,
+        config,
         device=device,
         window=evaluation_window(plan),
         ablations=ablations,
         progress=progress,
+        others=others,
         seed=seed,
     )
-    report = replace(report, notes=(*report.notes, *_text_notes(record, held_out.description, tokens, data)))
+    same_text = data is None and (config.tokens, config.length) == (recipe.evaluate.tokens, recipe.evaluate.length)
+    report = replace(report, notes=(*report.notes, *_text_notes(record, held_out.description, same_text, data)))
+    if fidelity if fidelity is not None else suite in ("standard", "long"):
+        say("compare attention")
+        report = _with_fidelity(report, student, teacher, loaded.tokenizer, held_out.eval, device, NUM_FIDELITY_ROWS[suite or "quick"], seed, progress)
+    if tasks is not None and tasks.names:
+        from attnconvert.convert.tasks import run_tasks
+
+        say("tasks")
+        results = run_tasks(
+            student,
+            teacher,
+            loaded.tokenizer,
+            tasks.names,
+            include_path=tasks.include_path,
+            limit=tasks.limit,
+            num_fewshot=tasks.num_fewshot,
+            batch_size=tasks.batch_size,
+            device=device,
+        )
+        report = replace(report, tasks=tuple(json_safe(results)))
     facts = record.facts
     conversion = {
         "recipe_name": record.recipe.recipe.name,
@@ -197,14 +267,109 @@ def evaluate_converted(
         "recipe": record.recipe.resolved,
         "seed": seed,
     }
-    return report, conversion
+    return report.with_findings(), conversion
 
 
-def _text_notes(record: RunRecord, description: Mapping[str, Any], tokens: int | None, data: str | None) -> list[str]:
+def _eval_config(recipe: EvalConfig, suite: Suite | None, tokens: int | None, student: PreTrainedModel) -> EvalConfig:
+    """The settings of this evaluation. A suite's rows are not longer than the model was built for; a recipe's are as it says."""
+    config = recipe if suite is None else EvalConfig.suite(suite, recipe)
+    limit = getattr(student.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.length > limit and config.length != recipe.length:
+        config = config.model_copy(update={"length": int(limit)})
+    return config if tokens is None else config.model_copy(update={"tokens": tokens})
+
+
+def _with_fidelity(
+    report: EvalReport,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: PackedRows,
+    device: str,
+    num_rows: int,
+    seed: int,
+    progress: EvalProgress | None,
+) -> EvalReport:
+    """The report with attention maps compared and text side by side."""
+    from attnconvert.convert.fidelity import attention_fidelity, side_by_side
+
+    fidelity = attention_fidelity(student, teacher, rows, device=device, num_rows=num_rows, seed=seed, progress=progress)
+    generation = side_by_side(student, teacher, tokenizer, device=device)
+    return replace(report, fidelity=json_safe(fidelity), generation=tuple(json_safe(generation)))
+
+
+# ---------------------------------------------------------------- limits, for CI
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A limit of `--fail-below`: a figure, the worst value it may have, and whether that is a maximum or a minimum."""
+
+    name: str
+    value: float
+    kind: Literal["maximum", "minimum"]
+
+
+_LIMITS: Mapping[str, Literal["maximum", "minimum"]] = MappingProxyType({"ppl-ratio": "maximum", "kl": "maximum", "agreement": "minimum", "passkey": "minimum"})
+
+
+def parse_thresholds(texts: Sequence[str]) -> tuple[Threshold, ...]:
+    """`ppl-ratio=1.05`, `kl=0.1`, `agreement=0.9`, `passkey=0.5` -> limits. Call it before anything is measured.
+
+    Raises:
+        AttnConvertError: `bad-threshold`.
+    """
+    thresholds = []
+    for text in texts:
+        name, _, value = (part.strip() for part in text.partition("="))
+        expected = f"NAME=NUMBER with a name of: {', '.join(_LIMITS)}"
+        if name not in _LIMITS:
+            raise AttnConvertError(
+                "bad-threshold",
+                f"no figure is called {name!r}",
+                where=f"--fail-below {text}",
+                expected=expected,
+                hint="ppl-ratio and kl are maximums, agreement and passkey are minimums",
+            )
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise AttnConvertError("bad-threshold", f"{value!r} is not a number", where=f"--fail-below {text}", expected=expected)
+        thresholds.append(Threshold(name, number, _LIMITS[name]))
+    return tuple(thresholds)
+
+
+def check_thresholds(report: EvalReport, thresholds: Sequence[Threshold]) -> None:
+    """Fail when the student is worse than a limit. Call it when the report is written and shown.
+
+    `passkey` is the lowest recall over the lengths measured. A figure that was not measured (no teacher, no passkey prompts) fails: a check that
+    cannot be made has not been passed. So does one that is not finite.
+
+    Raises:
+        AttnConvertError: `below-threshold`, with every limit that was missed.
+    """
+    student = report.quality_of("student")
+    estimates = {"ppl-ratio": student.ppl_ratio, "kl": student.kl, "agreement": student.agreement}
+    figures = {name: None if estimate is None else estimate.value for name, estimate in estimates.items()}
+    figures["passkey"] = min((row.accuracy for row in report.passkey if row.name == "student"), default=None)
+    missed = []
+    for threshold in thresholds:
+        value = figures[threshold.name]
+        if value is None:
+            missed.append(f"{threshold.name} was not measured")
+        elif not (value <= threshold.value if threshold.kind == "maximum" else value >= threshold.value):
+            missed.append(f"{threshold.name} is {value:.4g}, the {threshold.kind} is {threshold.value:g}")
+    if missed:
+        raise AttnConvertError("below-threshold", "; ".join(missed), hint="report.md in the model's folder has all figures and what was found wrong")
+
+
+def _text_notes(record: RunRecord, description: Mapping[str, Any], same_text: bool, data: str | None) -> list[str]:
     """What a reader must know about the text before comparing these figures with others."""
     if data is not None:
         return [f"The text is {data}, given with --data; whether the model was trained on it is not known."]
     before = (record.facts.get("data") or {}).get("eval", {}).get("sha256")
-    if tokens is None and before is not None and before != description["eval"]["sha256"]:
+    if same_text and before is not None and before != description["eval"]["sha256"]:
         return ["The held-out text is not the one that the conversion measured: the source or the tokenizer has changed since."]
     return []

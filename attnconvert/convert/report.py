@@ -1,4 +1,8 @@
-"""Show an evaluation: a table for the terminal, `report.json` for programs, `report.md` for people, the last two beside the weights."""
+"""Show an evaluation: a table for the terminal, `report.json` for programs, `report.md` for people, the last two beside the weights.
+
+Rows about which `verdict.py` has a finding are red (bad) or yellow (warn) in the terminal and marked **bad** or *warn* in Markdown; the sentences
+stand at the end of the terminal output, where they are read, and at the top of report.md.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich import box
@@ -15,7 +21,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from attnconvert.convert.evaluate import NUM_CANDIDATES, Estimate, EvalReport, PasskeyResult, Quality, StateBytes, json_safe
+from attnconvert.convert.evaluate import Estimate, EvalReport, PositionQuality, Quality, StateBytes, json_safe
+from attnconvert.convert.recall import NUM_CANDIDATES, MqarResult, NeedleResult, PasskeyResult
+from attnconvert.convert.verdict import row_name
 from attnconvert.errors import AttnConvertError
 
 REPORT_SCHEMA_VERSION = 1
@@ -87,35 +95,182 @@ def _state_cells(row: StateBytes) -> tuple[str, ...]:
     return (str(row.length), format_bytes(row.teacher), format_bytes(row.student), f"{row.teacher / row.student:.2f} x" if row.student else "-")
 
 
+# ---------------------------------------------------------------- tables, for the terminal and for Markdown
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A table: what it is, its columns, and its cells with the level of the finding about each row (None = no finding)."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | None, tuple[str, ...]], ...]
+
+
+def _level_of(report: EvalReport, section: str, row: str) -> str | None:
+    """`bad`, `warn` or None: the worst finding about a row."""
+    levels = {str(finding["level"]) for finding in report.findings if finding["section"] == section and finding["row"] == row}
+    return min(levels, default=None)
+
+
+def _quality_rows(report: EvalReport) -> _Rows:
+    text = f"{report.num_tokens:,} held-out tokens in {report.num_rows} rows of {report.row_length}; [95 % interval]"
+    rows = ((_level_of(report, "ablation" if row.kind == "ablation" else "quality", row.name), _quality_cells(row)) for row in report.quality)
+    return _Rows(f"Quality ({text})", QUALITY_COLUMNS, tuple(rows))
+
+
+def _position_rows(report: EvalReport) -> _Rows | None:
+    """Quality by position; None where there is one bucket, which says what the quality table says."""
+    buckets = sorted({(row.start, row.stop) for row in report.positions})
+    if len(buckets) < 2:
+        return None
+    names = list(dict.fromkeys(row.name for row in report.positions))
+    cells = {(row.start, row.name): row for row in report.positions}
+    rows = []
+    for start, stop in buckets:
+        first = cells[start, names[0]]
+        level = _level_of(report, "positions", row_name("positions", {"start": start, "stop": stop}))
+        rows.append((level, (f"{start}-{stop}", f"{first.num_tokens:,}", *(_position_cell(cells[start, name]) for name in names))))
+    against = any(row.kl is not None for row in report.positions)
+    what = "perplexity ratio / KL; teacher: perplexity" if against else "perplexity"
+    return _Rows(f"By position in the document ({what})", ("position", "tokens", *names), tuple(rows))
+
+
+def _position_cell(row: PositionQuality) -> str:
+    if row.ppl_ratio is None or row.kl is None:
+        return _number(row.ppl, 2)
+    return f"{_number(row.ppl_ratio, 3)} / {_number(row.kl, 4)}"
+
+
+def _needle_rows(report: EvalReport) -> list[_Rows]:
+    """One heat map per number of needles: a row per length and model, a column per depth."""
+    maps = []
+    for count in sorted({row.num_needles for row in report.needles}):
+        cells = [row for row in report.needles if row.num_needles == count]
+        depths = sorted({row.depth for row in cells})
+        rows = []
+        for length, name in dict.fromkeys((row.length, row.name) for row in cells):
+            by_depth = {row.depth: row for row in cells if (row.length, row.name) == (length, name)}
+            level = _level_of(report, "needles", row_name("needles", {"num_needles": count, "length": length})) if name == "student" else None
+            rows.append((level, (str(length), name, *(_needle_cell(by_depth.get(depth)) for depth in depths))))
+        needles = "1 named key" if count == 1 else f"{count} named keys, one asked for"
+        title = f"Needles: {needles}, {cells[0].num_trials} prompts per cell (chance 0.10; w = within reach of the window)"
+        maps.append(_Rows(title, ("tokens", "model", *(f"depth {depth:.2f}" for depth in depths)), tuple(rows)))
+    return maps
+
+
+def _needle_cell(row: NeedleResult | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row.accuracy:.2f}" + (" w" if row.beyond_window is False else "")
+
+
+def _mqar_rows(report: EvalReport) -> _Rows | None:
+    if not report.mqar:
+        return None
+    names = list(dict.fromkeys(row.name for row in report.mqar))
+    cells = {(row.num_pairs, row.name): row for row in report.mqar}
+    rows = []
+    for num_pairs in sorted({row.num_pairs for row in report.mqar}):
+        first = cells[num_pairs, names[0]]
+        level = _level_of(report, "mqar", row_name("mqar", {"num_pairs": num_pairs}))
+        rows.append((level, (str(num_pairs), str(first.length), *(_recall(cells[num_pairs, name]) for name in names), f"{first.chance:.3f}")))
+    return _Rows("MQAR: the right value ranks first of those shown", ("pairs", "tokens", *names, "chance"), tuple(rows))
+
+
+def _fidelity_rows(report: EvalReport) -> _Rows | None:
+    layers = report.fidelity.get("layers") or []
+    if not layers:
+        return None
+    rows = []
+    for layer in layers:
+        entropy = f"{_cell(layer.get('entropy_teacher'), 2)} / {_cell(layer.get('entropy_student'), 2)}"
+        cells = (str(layer["layer_idx"]), _cell(layer["output_error"], 3), _cell(layer.get("kl"), 3), entropy, _cell(layer.get("monotonicity"), 3))
+        rows.append((_level_of(report, "fidelity", row_name("fidelity", layer)), cells))
+    columns = ("layer", "output error", "KL of weights", "entropy, teacher / student", "monotonicity")
+    return _Rows("Attention of each converted layer", columns, tuple(rows))
+
+
+def _task_rows(report: EvalReport) -> _Rows | None:
+    if not report.tasks:
+        return None
+    rows = []
+    for task in report.tasks:
+        teacher, student = (_with_error(task.get(name), task.get(f"{name}_se")) for name in ("teacher", "student"))
+        counts = (_cell(task.get("num_fewshot"), 0), _cell(task.get("num_samples"), 0))
+        rows.append(
+            (
+                _level_of(report, "tasks", row_name("tasks", task)),
+                (str(task["task"]), str(task["metric"]), *counts, teacher, student, _cell(task.get("chance"), 3)),
+            )
+        )
+    return _Rows("Tasks (+- standard error)", ("task", "metric", "shots", "samples", "teacher", "student", "chance"), tuple(rows))
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else _number(float(value), digits)
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return _cell(value, 3) + ("" if value is None or error is None else f" +- {error:.3f}")
+
+
+def _state_rows(report: EvalReport) -> tuple[tuple[str | None, tuple[str, ...]], ...]:
+    return tuple((_level_of(report, "state", row_name("state", {"length": row.length})), _state_cells(row)) for row in report.state_bytes)
+
+
 # ---------------------------------------------------------------- terminal
+
+_STYLES: Mapping[str | None, str] = MappingProxyType({"bad": "red", "warn": "yellow", None: ""})
+_WORST_LAYERS = 6
 
 
 def render_table(report: EvalReport) -> RenderableType:
-    """The evaluation as rich tables: quality, passkey recall, decode state, notes."""
-    parts: list[RenderableType] = []
-    text = f"{report.num_tokens:,} held-out tokens in {report.num_rows} rows of {report.row_length}; [95 % interval]"
-    parts.append(_rich_table(f"Quality ({text})", QUALITY_COLUMNS, (_quality_cells(row) for row in report.quality)))
+    """The evaluation as rich tables: quality, by position, recall, attention, tasks, decode state, then notes and findings."""
+    parts: list[RenderableType] = [_rich_table(_quality_rows(report))]
+    positions = _position_rows(report)
+    if positions is not None:
+        parts.append(_rich_table(positions))
     if report.passkey:
         names = _passkey_names(report)
-        rows = [
-            (str(length), *(f"{by_name[name].accuracy:.2f}" for name in names), _distance(by_name[names[0]])) for length, by_name in _passkey_by_length(report)
-        ]
+        rows = []
+        for length, by_name in _passkey_by_length(report):
+            level = _level_of(report, "passkey", row_name("passkey", {"length": length}))
+            rows.append((level, (str(length), *(f"{by_name[name].accuracy:.2f}" for name in names), _distance(by_name[names[0]]))))
         title = f"Passkey recall, right key first of {NUM_CANDIDATES} ({report.passkey[0].num_trials} prompts, chance 0.10)"
-        parts.append(_rich_table(title, ("tokens", *names, "key"), rows))
+        parts.append(_rich_table(_Rows(title, ("tokens", *names, "key"), tuple(rows))))
+    parts += [_rich_table(table) for table in _needle_rows(report)]
+    for table in (_mqar_rows(report), _worst(_fidelity_rows(report)), _task_rows(report)):
+        if table is not None:
+            parts.append(_rich_table(table))
     if report.state_bytes:
-        rows = [_state_cells(row) for row in report.state_bytes]
-        parts.append(_rich_table("Decode cache of one sequence", ("tokens", "teacher", "student", "smaller by"), rows))
+        parts.append(_rich_table(_Rows("Decode cache of one sequence", ("tokens", "teacher", "student", "smaller by"), _state_rows(report))))
     parts += [Text(f"note: {note}") for note in report.notes]
+    for finding in report.findings:
+        parts.append(Text(f"{finding['level']}: {finding['section']}, {finding['row']}: {finding['text']}", style=_STYLES[finding["level"]]))
     return Group(*parts)
 
 
-def _rich_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 or column == "key" else "right", no_wrap=True)
-    for row in rows:
+def _worst(table: _Rows | None) -> _Rows | None:
+    """The layers with the largest output error; all of them are in report.md."""
+    if table is None or len(table.rows) <= _WORST_LAYERS:
+        return table
+
+    def error(row: tuple[str | None, tuple[str, ...]]) -> float:
+        cell = row[1][1]
+        return float(cell) if cell[0].isdigit() else math.inf
+
+    rows = sorted(table.rows, key=error, reverse=True)[:_WORST_LAYERS]
+    return _Rows(f"{table.title}, the {_WORST_LAYERS} worst of {len(table.rows)}", table.columns, tuple(rows))
+
+
+def _rich_table(content: _Rows) -> Table:
+    table = Table(title=content.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for number, column in enumerate(content.columns):
+        table.add_column(column, justify="left" if number == 0 or column in ("key", "model", "metric") else "right", no_wrap=True)
+    for level, row in content.rows:
         # Text, not str: an interval such as [1.02, 1.05] must not be read as rich markup.
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(cell) for cell in row), style=_STYLES[level])
     return table
 
 
@@ -139,12 +294,26 @@ def write_report(report: EvalReport, conversion: Mapping[str, Any], directory: P
         AttnConvertError: `cannot-write` when the folder is missing, read-only or full.
     """
     directory = Path(directory)
-    document = {"schema_version": REPORT_SCHEMA_VERSION, "conversion": json_safe(conversion), "evaluation": report.to_dict()}
+    document = {
+        "schema_version": REPORT_SCHEMA_VERSION,
+        "conversion": json_safe(conversion),
+        "evaluation": report.to_dict(),
+        **_kept(directory / "report.json"),
+    }
     # Both texts exist before anything is written, so a value that is not JSON leaves no half of a report.
     texts = {"report.json": json.dumps(document, indent=2, allow_nan=False) + "\n", "report.md": render_markdown(report, conversion)}
     for name, text in texts.items():
         _write_atomically(directory / name, text)
     return directory / "report.json", directory / "report.md"
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What an earlier report holds that measuring again does not replace: the speed measurements of the same model."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        return {"bench": before["bench"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _write_atomically(path: Path, text: str) -> None:
@@ -174,9 +343,16 @@ def render_markdown(report: EvalReport, conversion: Mapping[str, Any]) -> str:
     sections = [
         title,
         _summary(report, conversion),
+        _findings_section(report),
         _what_section(conversion, recipe),
         _quality_section(report),
+        _positions_section(report),
         _passkey_section(report),
+        _needles_section(report),
+        _mqar_section(report),
+        _fidelity_section(report),
+        _tasks_section(report),
+        _generation_section(report),
         _state_section(report),
         _training_section(conversion),
         _use_section(conversion),
@@ -289,6 +465,23 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([line(columns), "|" + "|".join(["---"] + ["---:"] * (len(columns) - 1)) + "|", *(line(row) for row in rows)])
 
 
+def _marked(level: str | None, cells: Sequence[str]) -> tuple[str, ...]:
+    """The cells with the level of the row's finding behind the first."""
+    mark = {"bad": " **bad**", "warn": " *warn*", None: ""}[level]
+    return (cells[0] + mark, *cells[1:])
+
+
+def _content(table: _Rows) -> str:
+    return _table(table.columns, (_marked(level, cells) for level, cells in table.rows))
+
+
+def _findings_section(report: EvalReport) -> str:
+    if not report.findings:
+        return ""
+    marks = {"bad": "**bad**", "warn": "*warn*"}
+    return "## Findings\n\n" + "\n".join(f"- {marks[row['level']]} {row['section']}, {row['row']}: {row['text']}" for row in report.findings)
+
+
 def _quality_section(report: EvalReport) -> str:
     text = (
         f"{report.num_tokens:,} tokens of held-out text in {report.num_rows} rows of {report.row_length}. In brackets the 95 % interval from "
@@ -296,23 +489,94 @@ def _quality_section(report: EvalReport) -> str:
     )
     if any(row.kind == "ablation" for row in report.quality):
         text += " An ablation is the student with one part switched off and nothing retrained: the difference is what that part does."
-    return "## Quality\n\n" + text + "\n\n" + _table(QUALITY_COLUMNS, (_quality_cells(row) for row in report.quality))
+    if any(row.kind == "other" for row in report.quality):
+        text += " The *same data* row is the softmax model finetuned on the text the student was: what the text alone gives."
+    elif any(row.kind == "teacher" for row in report.quality):
+        text += " There is no softmax model finetuned on the same text to compare with, so what the text alone gives is part of the student's figures."
+    parts = ["## Quality", text, _content(_quality_rows(report))]
+    notes = "\n".join(f"- {note}" for note in report.notes)
+    return "\n\n".join([*parts, notes] if notes else parts)
+
+
+def _positions_section(report: EvalReport) -> str:
+    table = _position_rows(report)
+    if table is None:
+        return ""
+    text = "Tokens by how much of their document stands before them: perplexity of the teacher; of the others the ratio to it / the KL."
+    if all(row.kl is None for row in report.positions):
+        text = "Perplexity of tokens by how much of their document stands before them."
+    return f"## By position\n\n{text}\n\n{_content(table)}"
+
+
+def _needles_section(report: EvalReport) -> str:
+    if not report.needles:
+        return ""
+    text = (
+        "Heat map of recall: named keys in filler text, one asked for by name, by the length of the prompt and the depth at which that key stands "
+        f"(0 = start). A prompt counts when the right key ranks first of {NUM_CANDIDATES}; the other names' keys are among them. Chance 0.10. "
+        "Cells with a w lie within reach of the exact window."
+    )
+    maps = [f"{table.title.partition(' (')[0]}:\n\n{_content(table)}" for table in _needle_rows(report)]
+    return "\n\n".join(["## Needles by depth", text, *maps])
+
+
+def _mqar_section(report: EvalReport) -> str:
+    table = _mqar_rows(report)
+    if table is None:
+        return ""
+    text = (
+        "Pairs of random word tokens, then some of the first ones again: the second one must rank first among all second ones shown. "
+        f"{report.mqar[0].num_trials} queries or more per row, the same for every model, 95 % interval in brackets."
+    )
+    return f"## Associative recall (MQAR)\n\n{text}\n\n{_content(table)}"
+
+
+def _fidelity_section(report: EvalReport) -> str:
+    table = _fidelity_rows(report)
+    if table is None:
+        return ""
+    text = (
+        "Each converted layer against softmax attention on the same inputs: squared error of the output relative to its power; KL and entropy (nats) of the "
+        "attention weights; rank correlation of the weights over the keys outside the exact window (1 = their order is kept)."
+    )
+    return f"## Attention\n\n{text}\n\n{_content(table)}"
+
+
+def _tasks_section(report: EvalReport) -> str:
+    table = _task_rows(report)
+    return "" if table is None else f"## Tasks\n\nWith lm-evaluation-harness, +- standard error.\n\n{_content(table)}"
+
+
+def _generation_section(report: EvalReport) -> str:
+    if not report.generation:
+        return ""
+    parts = ["## Side by side", "Continued greedily by both."]
+    for sample in report.generation:
+        parts.append(
+            "\n>\n".join(
+                f"> {who}: {_quoted(sample[key])}"
+                for key, who in (("prompt", "*Prompt*"), ("teacher", "**Teacher**"), ("student", "**Student**"))
+                if sample[key] is not None
+            )
+        )
+    return "\n\n".join(parts)
+
+
+def _quoted(text: str) -> str:
+    """Text of a model inside Markdown: on one line, nothing in it taken for markup."""
+    line = " ".join(text.split())
+    return "".join("\\" + letter if letter in "\\`*_{}[]<>#|" else letter for letter in line) or "(nothing)"
 
 
 def _passkey_section(report: EvalReport) -> str:
-    notes = "\n".join(f"- {note}" for note in report.notes)
     if not report.passkey:
-        return f"## Notes\n\n{notes}" if notes else ""
+        return ""
     names = _passkey_names(report)
     by_length = _passkey_by_length(report)
-    cells = [
-        (
-            str(length),
-            *(_recall(by_name[name]) for name in names),
-            _distance(by_name[names[0]]),
-        )
-        for length, by_name in by_length
-    ]
+    cells = []
+    for length, by_name in by_length:
+        level = _level_of(report, "passkey", row_name("passkey", {"length": length}))
+        cells.append(_marked(level, (str(length), *(_recall(by_name[name]) for name in names), _distance(by_name[names[0]]))))
     more = [(str(length), *(f"{_thirds(by_name[name])}; {by_name[name].mrr:.2f}" for name in names)) for length, by_name in by_length]
     text = (
         f"A five-digit key is hidden in plain filler text and asked for at the end. A prompt counts when the right key gets the highest "
@@ -326,10 +590,10 @@ def _passkey_section(report: EvalReport) -> str:
         "By depth of the key (early / middle / late third) and mean reciprocal rank (chance 0.29):",
         _table(("tokens", *names), more),
     ]
-    return "\n\n".join([*parts, notes] if notes else parts)
+    return "\n\n".join(parts)
 
 
-def _recall(row: PasskeyResult) -> str:
+def _recall(row: PasskeyResult | MqarResult) -> str:
     return f"{row.accuracy:.2f} [{row.ci95[0]:.2f}, {row.ci95[1]:.2f}]"
 
 
@@ -341,7 +605,7 @@ def _state_section(report: EvalReport) -> str:
     if not report.state_bytes:
         return ""
     text = f"Bytes held by the decode cache of one sequence after a prefill, measured ({report.dtype} weights)."
-    rows = (_state_cells(row) for row in report.state_bytes)
+    rows = (_marked(level, cells) for level, cells in _state_rows(report))
     return "## Decode cache\n\n" + text + "\n\n" + _table(("tokens", "teacher (KV)", "student", "smaller by"), rows)
 
 

@@ -509,7 +509,8 @@ def check_reload(model: Any, folder: Path) -> None:
         sys_path = [entry for entry in sys.path if os.path.isabs(entry)]  # the same torch and transformers as here
         facts = {"sys_path": sys_path, "threads": torch.get_num_threads(), "folder": str(folder.resolve()), "want": str(want), "generate": options}
         # The code files of the checkpoint are copied into a cache of modules; this one must not be found there again.
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        secret = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # the process runs the checkpoint's own code
+        environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", *secret)} | {
             "HF_MODULES_CACHE": str(Path(temporary) / "modules"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
         }  # fmt: skip

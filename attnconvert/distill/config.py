@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -134,12 +136,52 @@ class DataConfig(StageConfig):
 
 
 class EvalConfig(StageConfig):
-    """What the report at the end of a conversion measures."""
+    """What an evaluation measures. The defaults are the suite `quick`, which runs at the end of a conversion."""
 
     tokens: TokenCount = Field(default=100_000, description="held-out tokens for perplexity, KL and agreement")
     length: int = Field(default=1024, ge=16, description="tokens per evaluation sequence")
-    passkey_lengths: tuple[int, ...] = Field(default=(), description="context lengths in tokens for passkey recall; empty = 1x, 4x and 16x the window")
+    passkey_lengths: tuple[int, ...] = Field(default=(), description="context lengths in tokens for passkey recall; empty = passkey_windows times the window")
+    passkey_windows: tuple[int, ...] = Field(default=(1, 4, 16), description="context lengths for passkey recall in windows, when passkey_lengths is empty")
     passkey_trials: int = Field(default=20, ge=0, description="prompts per length; 0 skips the test")
+    needle_counts: tuple[Annotated[int, Field(ge=1, le=10)], ...] = Field(default=(1, 4), description="named keys hidden in a prompt, one of them asked for")
+    needle_lengths: tuple[int, ...] = Field(default=(), description="context lengths in tokens for the needles; empty = as for the pass key")
+    needle_depths: int = Field(default=5, ge=1, le=20, description="depth buckets of the heat map")
+    needle_trials: int = Field(default=0, ge=0, description="prompts per cell of the heat map; 0 skips the test")
+    mqar_pairs: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        default=(4, 16, 64), description="key-value pairs of the associative recall test in token space"
+    )
+    mqar_trials: int = Field(default=0, ge=0, description="queries per number of pairs; 0 skips the test")
+
+    @classmethod
+    def suite(cls, name: Suite, recipe: EvalConfig | None = None) -> EvalConfig:
+        """The settings of a suite, with what a recipe says in their place.
+
+        Args:
+            name: `quick` = seconds, what a conversion ends with; `standard` = needles, MQAR, more text and trials: minutes on a CPU for a model of
+                100 M parameters; `long` = rows of 4096 tokens, prompts up to 128 windows: for a GPU.
+            recipe: a recipe's `evaluate`. What differs from the defaults was chosen by somebody and wins. (A recipe stored with a checkpoint has
+                every default written out, so being written says nothing.)
+        """
+        chosen = {} if recipe is None else {key: value for key, value in recipe.model_dump().items() if value != cls.model_fields[key].default}
+        return cls(**{**_SUITES[name], **chosen})
+
+
+Suite = Literal["quick", "standard", "long"]
+_SUITES: Mapping[Suite, Mapping[str, Any]] = MappingProxyType(
+    {
+        "quick": {},
+        "standard": {"tokens": 200_000, "passkey_trials": 50, "needle_trials": 8, "mqar_trials": 128},
+        "long": {
+            "tokens": 1_000_000,
+            "length": 4096,
+            "passkey_windows": (1, 2, 4, 8, 16, 32, 64, 128),
+            "passkey_trials": 100,
+            "needle_trials": 20,
+            "mqar_pairs": (4, 16, 64, 256),
+            "mqar_trials": 512,
+        },
+    }
+)
 
 
 class StagesConfig(StageConfig):
