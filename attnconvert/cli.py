@@ -538,11 +538,11 @@ def bench(
     batch_sizes: Annotated[
         str | None, typer.Option(metavar="N,N,...", rich_help_panel=_RUN_PANEL, show_default="1; on a GPU 1 and 8", help="Prompts at a time.")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_RUN_PANEL, help="Decode steps per repeat.")] = 64,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_RUN_PANEL, help="Decode steps per repeat.")] = 32,
     max_seconds: Annotated[
         float,
         typer.Option(metavar="S", min=0.1, rich_help_panel=_RUN_PANEL, help="Stop a model's series of lengths before one that would take longer than this."),
-    ] = 60.0,
+    ] = 20.0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FOLDER", rich_help_panel=_OUT_PANEL, show_default="DIR", help="Where the figures and plots go.")
     ] = None,

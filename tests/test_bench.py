@@ -516,3 +516,16 @@ def test_missing_matplotlib_names_the_extra_and_costs_no_figures(monkeypatch: py
     module._finish(result, tmp_path)
     assert json.loads((tmp_path / "bench.json").read_text())["crossover"]["decode"] == 64
     assert "No plots: plots need matplotlib, which is not installed; `pip install 'attnconvert[plots]'`." in result["notes"]
+
+
+def test_every_finished_cell_is_on_disk_before_the_next_begins(tmp_path: Path) -> None:
+    """A kill cannot be caught: what was measured must be there already."""
+    result: dict[str, Any] = {"rows": [], "stopped": [], "notes": [], "interrupted": False}
+    seen: list[int] = []
+
+    def keep() -> None:
+        module._conclude(result, tmp_path)
+        seen.append(len(json.loads((tmp_path / module.BENCH_FILE).read_text())["rows"]))
+
+    module._sweep([contestant("teacher", Fake()), contestant("student", Fake())], [32, 64], [1], settings(), result, None, keep)
+    assert seen == [4, 8]

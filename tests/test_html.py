@@ -597,3 +597,11 @@ def test_every_layer_has_a_block_and_kept_layers_are_hollow() -> None:
 def test_many_heads_are_drawn_in_few_bytes() -> None:
     points = [(index % 40 / 10, index % 37 / 10, f"head {index}") for index in range(4096)]
     assert len(scatter("very many heads", points, x_label="x", y_label="y")) < 80_000
+
+
+def test_a_chart_of_a_single_point_or_of_equal_values_is_drawn() -> None:
+    for points in ([(5.0, 2.0)], [(5.0, 2.0), (5.0, 2.0)], [(1.0, 2.0), (3.0, 2.0)]):
+        for scale in ("linear", "log"):
+            text = line_chart("loss", [Series("a", 0, points)], x_label="tokens", y_label="loss", x_scale=scale, y_scale=scale)
+            assert "nan" not in text
+            assert "inf" not in text

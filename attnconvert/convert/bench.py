@@ -124,8 +124,8 @@ def bench(
     dtype: str = "auto",
     lengths: Sequence[int] | None = None,
     batch_sizes: Sequence[int] | None = None,
-    new_tokens: int = 64,
-    max_seconds: float = 60.0,
+    new_tokens: int = 32,
+    max_seconds: float = 20.0,
     out: Path | None = None,
     progress: EvalProgress | None = None,
     note: Callable[[str], None] | None = None,
@@ -210,7 +210,7 @@ def bench(
     say("measure speed")
     try:
         with _measuring(on_device):
-            _sweep(contestants, usable, rows_per_batch, settings, result, progress)
+            _sweep(contestants, usable, rows_per_batch, settings, result, progress, lambda: _conclude(result, folder))
             if on_cuda:
                 _largest_batches(contestants, settings, result, progress)
     except KeyboardInterrupt:
@@ -276,8 +276,8 @@ def usable_lengths(asked: Sequence[int] | None, default: Sequence[int], limit: i
     return sorted({*(length for length in wanted if length <= limit), limit})
 
 
-def _finish(result: dict[str, Any], folder: Path) -> None:
-    """Draw conclusions and plots, and write everything down."""
+def _conclude(result: dict[str, Any], folder: Path) -> None:
+    """Draw conclusions from the rows so far and write everything down but the plots."""
     by_batch = [{"batch_size": size, **crossover(result["rows"], size)} for size in sorted({row["batch_size"] for row in result["rows"]})]
     # a single stream is what most readers mean by speed, so the headline is the smallest batch
     result["crossover"] = {key: by_batch[0][key] if by_batch else None for key in MEASURES}
@@ -285,6 +285,13 @@ def _finish(result: dict[str, Any], folder: Path) -> None:
     result["crossover_text"] = {key: crossover_words(result["rows"], by_batch[0]["batch_size"] if by_batch else 1, key) for key in MEASURES}
     result["notes"] = list(dict.fromkeys(result["notes"]))
     result["plots"] = []
+    if result["rows"] or not result["interrupted"]:  # an earlier result is worth more than an empty one
+        write_bench(result, folder)
+
+
+def _finish(result: dict[str, Any], folder: Path) -> None:
+    """Conclusions, plots, and everything written down."""
+    _conclude(result, folder)
     if result["rows"]:
         from attnconvert.convert.plots import draw_bench
 
@@ -292,7 +299,6 @@ def _finish(result: dict[str, Any], folder: Path) -> None:
             result["plots"] = [path.relative_to(folder).as_posix() for path in draw_bench(result, folder / PLOTS_FOLDER)]
         except AttnConvertError as error:  # the figures matter more than the pictures of them
             result["notes"].append(f"No plots: {error.message}{f'; {error.hint}' if error.hint else ''}.")
-    if result["rows"] or not result["interrupted"]:  # an earlier result is worth more than an empty one
         write_bench(result, folder)
 
 
@@ -572,8 +578,9 @@ def _sweep(
     settings: _Settings,
     result: dict[str, Any],
     progress: EvalProgress | None,
+    keep: Callable[[], object] = lambda: None,
 ) -> None:
-    """Fill `rows` and `stopped` of the result. A series is one model at one batch size; it ends at the first length that is too much."""
+    """Fill `rows` and `stopped` of the result, and call `keep` after each cell: a machine that goes away takes one cell along. A series is one model at one batch size; it ends at the first length that is too much."""
     history: dict[tuple[str, int], list[_Timed]] = {}
     stopped: dict[tuple[str, int], tuple[int, str]] = {}
     cells = [(size, length) for size in batch_sizes for length in lengths]
@@ -614,6 +621,8 @@ def _sweep(
         for (name, at_size), (at_length, reason) in stopped.items():
             if (at_size, at_length) == (size, length):
                 _record_stop(name, size, length, reason, result)
+        if result["rows"]:
+            keep()
     if progress is not None:
         progress(f"{cells[-1][1]} tokens x {cells[-1][0]}", len(cells), len(cells))
 

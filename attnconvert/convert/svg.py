@@ -109,7 +109,9 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def _axis(scale: Scale, low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
-    """Maps [low, high] onto [start, stop]."""
+    """Maps [low, high] onto [start, stop]; a single value onto the middle."""
+    if low == high:
+        return lambda value: (start + stop) / 2
     if scale == "log":
         bottom, top = math.log(low), math.log(high)
         return lambda value: start + (math.log(max(value, low * 1e-6)) - bottom) / (top - bottom) * (stop - start)
