@@ -9,6 +9,7 @@ Importing this file imports typer and rich and nothing heavier, so that `--help`
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -500,6 +501,10 @@ def evaluate_converted(
                 progress=ui.on_eval,
             )
         paths = [*write_report(report, conversion, folder), write_html(folder)]
+        if importlib.util.find_spec("matplotlib") is not None:  # an extra; the page has its own charts
+            from attnconvert.convert.plots import draw_report
+
+            paths += draw_report(folder)
     if as_json:
         from attnconvert.convert.evaluate import json_safe
 

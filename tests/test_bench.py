@@ -31,7 +31,7 @@ from attnconvert.convert.bench import (
 from attnconvert.convert.evaluate import cache_bytes
 from attnconvert.convert.load import load_model
 from attnconvert.convert.pipeline import load_converted, prepare
-from attnconvert.convert.plots import draw_bench, draw_needles, draw_positions, draw_training
+from attnconvert.convert.plots import draw_bench, draw_needles, draw_positions, draw_report, draw_training
 from attnconvert.errors import AttnConvertError
 from attnconvert.surgery.swap import swap
 
@@ -529,3 +529,17 @@ def test_every_finished_cell_is_on_disk_before_the_next_begins(tmp_path: Path) -
 
     module._sweep([contestant("teacher", Fake()), contestant("student", Fake())], [32, 64], [1], settings(), result, None, keep)
     assert seen == [4, 8]
+
+
+def test_a_report_is_drawn_as_far_as_it_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "attnconvert").mkdir()
+    positions = [
+        {"name": name, "start": 0, "stop": 64, "num_tokens": 9, "nll": 1.0, "ppl": 2.7, "ppl_ratio": None, "kl": None} for name in ("teacher", "student")
+    ]
+    (tmp_path / "report.json").write_text(json.dumps({"evaluation": {"positions": positions, "needles": [], "fidelity": {}}}))
+    assert [path.name for path in draw_report(tmp_path)] == ["positions.png"]
+    (tmp_path / "attnconvert" / "metrics.jsonl").write_text(
+        "".join(json.dumps({"stage": "transfer", "step": n, "tokens": n, "loss": 1.0 / n}) + "\n" for n in (1, 2))
+    )
+    assert [path.name for path in draw_report(tmp_path)] == ["training.png", "positions.png"]

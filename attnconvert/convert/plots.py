@@ -130,6 +130,37 @@ def _log_axis(axis: Any, low: float, high: float, label: Callable[[float], str],
 # ---------------------------------------------------------------- speed
 
 
+def draw_report(directory: Path) -> list[Path]:
+    """Plot what a checkpoint's report.json and metrics.jsonl hold into DIR/plots: training, positions, needles, attention maps. `draw_bench` has speed.
+
+    Args:
+        directory: a checkpoint with report.json; what was not measured is left out.
+
+    Returns:
+        The files.
+
+    Raises:
+        AttnConvertError: `missing-extra`, `cannot-write`.
+    """
+    from attnconvert.convert.fidelity import draw_maps
+
+    evaluation = json.loads((directory / "report.json").read_text(encoding="utf-8"))["evaluation"]
+    metrics, folder = directory / "attnconvert" / "metrics.jsonl", directory / "plots"
+    drawings: list[tuple[str, bool, Callable[[Path], object]]] = [
+        ("training.png", metrics.is_file() and metrics.stat().st_size > 0, lambda path: draw_training(metrics, path)),
+        ("positions.png", bool(evaluation.get("positions")), lambda path: draw_positions(evaluation["positions"], path)),
+        ("needles.png", bool(evaluation.get("needles")), lambda path: draw_needles(evaluation["needles"], path)),
+        ("attention-maps.png", bool((evaluation.get("fidelity") or {}).get("maps")), lambda path: draw_maps(evaluation["fidelity"], path)),
+    ]
+    drawn = []
+    for name, has_data, draw in drawings:
+        if has_data:
+            folder.mkdir(exist_ok=True)
+            draw(folder / name)
+            drawn.append(folder / name)
+    return drawn
+
+
 def draw_bench(bench: Mapping[str, Any], folder: Path) -> list[Path]:
     """Plot a benchmark: `bench-decode.png`, `bench-prefill.png` (tokens per second) and `bench-cache.png` (bytes), against prompt length.
 
