@@ -292,7 +292,7 @@ def evaluate_models(
         notes.append("The teacher could not be loaded: KL, agreement and ratios are missing, and the student's figures stand alone.")
     seconds: dict[str, float] = {}
     models = [student, *([teacher] if teacher is not None else []), *others.values()]
-    with _evaluating(models), torch.no_grad():
+    with eval_mode(models), torch.no_grad():
         start = time.perf_counter()
         measured = _measure_rows(variants, rows, config, device, progress)
         quality = _quality(variants, measured, seed)
@@ -401,7 +401,7 @@ def _vocab_size(model: PreTrainedModel) -> int:
 
 
 @contextmanager
-def _evaluating(models: Sequence[PreTrainedModel]) -> Iterator[None]:
+def eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
     """Eval mode inside, every module's own training flag back afterwards (a finetuned model may mix both)."""
     training = [module for model in models for module in model.modules() if module.training]
     try:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnconvert.convert.evaluate import json_safe
+from attnconvert.convert.evaluate import eval_mode, json_safe
 from attnconvert.convert.generate import encode_prompt, generate_text
 from attnconvert.errors import AttnConvertError
 from attnconvert.surgery.runtime.modeling import converted_sites
@@ -166,7 +166,7 @@ def attention_fidelity(
         if idx not in unreadable and not _add(sums[idx], core, q, k, v, inputs, windows[idx]):
             unreadable.add(idx)
 
-    with _softmax_and_tap(student, tap), torch.no_grad(), _eval_mode([student] if teacher is None else [student, teacher]):
+    with _softmax_and_tap(student, tap), torch.no_grad(), eval_mode([student] if teacher is None else [student, teacher]):
         for done, row in enumerate(order, start=1):
             ids, positions = input_ids[row : row + 1].to(device), position_ids[row : row + 1].to(device)
             ours = _layer_outputs(student, student, ids, positions)
@@ -213,19 +213,6 @@ def _softmax_and_tap(student: nn.Module, tap: Callable[[AttentionCore, Tensor, T
     finally:
         for core, old in zip(cores, before, strict=True):
             core.tap = old
-
-
-@contextmanager
-def _eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Eval mode inside, every module's own training flag back afterwards."""
-    training = [module for model in models for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _layer_outputs(student: nn.Module, model: Any, input_ids: Tensor, position_ids: Tensor) -> dict[int, Tensor]:
@@ -470,7 +457,7 @@ def side_by_side(
     chat = bool(getattr(tokenizer, "chat_template", None))
     limit = getattr(student.config.get_text_config(), "max_position_embeddings", None)
     rows = []
-    with _eval_mode([model for model in models.values() if model is not None]):
+    with eval_mode([model for model in models.values() if model is not None]):
         for prompt in prompts:
             if limit and encode_prompt(tokenizer, prompt, chat=chat).shape[1] + max_new_tokens > limit:
                 continue
