@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from pydantic import ValidationError
+from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
