@@ -392,7 +392,7 @@ def merge(
     ),
 )
 def evaluate_converted(
-    folder: Folder,
+    model: Annotated[str, typer.Argument(metavar="DIR|ID", show_default=False, help="A converted checkpoint or adapters, or a converted model's Hub id.")],
     suite: Annotated[
         str | None,
         typer.Option(
@@ -471,7 +471,7 @@ def evaluate_converted(
 ) -> None:
     """Measure a converted model: perplexity, KL and agreement with the teacher by position, recall, cache size, benchmarks.
 
-    Prints tables with what is wrong in red, and writes report.json, report.md and report.html into DIR.
+    Prints tables with what is wrong in red, and writes report.json, report.md and report.html into DIR (of a Hub model: into NAME-evaluation).
     """
     _check_choice("dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
     if suite is not None:
@@ -484,6 +484,7 @@ def evaluate_converted(
 
         thresholds = reevaluate.parse_thresholds(fail_below or ())
         names = tuple(part.strip() for part in (tasks or "").split(",") if part.strip())
+        folder, out = reevaluate.locate(model)
         options = reevaluate.TaskOptions(names, include_path, limit, num_fewshot, batch_size)
         with RunUi(_stderr(), quiet=quiet) as ui:
             report, conversion = reevaluate.evaluate_converted(
@@ -499,12 +500,13 @@ def evaluate_converted(
                 dtype=dtype,
                 note=ui.on_phase,
                 progress=ui.on_eval,
+                keep=lambda report, conversion: write_report(report, conversion, out),
             )
-        paths = [*write_report(report, conversion, folder), write_html(folder)]
+        paths = [*write_report(report, conversion, out), write_html(out)]
         if importlib.util.find_spec("matplotlib") is not None:  # an extra; the page has its own charts
             from attnconvert.convert.plots import draw_report
 
-            paths += draw_report(folder)
+            paths += draw_report(out)
     if as_json:
         from attnconvert.convert.evaluate import json_safe
 

@@ -28,6 +28,7 @@ from attnconvert.convert import hub, save
 from attnconvert.convert.hub import PushResult, push
 from attnconvert.convert.load import load_model
 from attnconvert.convert.pipeline import prepare
+from attnconvert.convert.reevaluate import locate
 from attnconvert.convert.save import save_adapters, save_checkpoint
 from attnconvert.distill.config import LoraConfig
 from attnconvert.distill.lora import add_lora
@@ -643,6 +644,7 @@ torch.set_num_threads(1)
 from attnconvert import cli
 from attnconvert.convert import save
 from attnconvert.convert.load import load_config, load_model, resolve
+from attnconvert.convert.reevaluate import locate
 from attnconvert.errors import AttnConvertError
 found = {}
 for name, revision in json.loads(sys.argv[1]):
@@ -701,3 +703,30 @@ def test_the_server_refuses_what_the_hub_refuses(server: HubServer) -> None:
     response = huggingface_hub.get_session().request("POST", url, content=f"{head}\n{line}\n".encode(), headers={"Authorization": f"Bearer {server.token}"})
     assert response.status_code == 400
     assert server.files("tester/x") == {}
+
+
+LOCATE = """
+import json
+from attnconvert.convert.reevaluate import locate, read_record
+from attnconvert.convert.reevaluate import locate
+from attnconvert.errors import AttnConvertError
+checkpoint, out = locate("tester/tiny")
+found = [read_record(checkpoint).recipe.recipe.name, str(out), sorted(path.name for path in (out / "attnconvert").iterdir())]
+try:
+    locate("tester/none")
+except AttnConvertError as error:
+    found.append(error.code)
+print(json.dumps(found))
+"""
+
+
+def test_a_converted_model_on_the_hub_is_measured_by_its_id_and_its_report_goes_here(server: HubServer, checkpoint: Path, tmp_path: Path) -> None:
+    files = {path.relative_to(checkpoint).as_posix(): path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+    server.add_repo("tester/tiny", files)
+    found = json.loads(in_a_process(server, tmp_path, "-c", LOCATE).splitlines()[-1])
+    assert found == ["hedgehog", "tiny-evaluation", ["metrics.jsonl", "recipe.yaml", "run.json"], "model-not-found"]
+
+
+def test_a_local_folder_is_its_own_place_for_the_report(checkpoint: Path) -> None:
+    assert locate(str(checkpoint)) == (checkpoint, checkpoint)
+    assert locate("./no/such/folder") == (Path("no/such/folder"), Path("no/such/folder"))

@@ -126,7 +126,7 @@ def load_config(source: Source) -> Any:
     """The model's transformers config; no weights."""
     from transformers import AutoConfig
 
-    with _explained(source, "config"):
+    with explained(source, "config"):
         return AutoConfig.from_pretrained(source.path, **source.hub_arguments())
 
 
@@ -138,7 +138,7 @@ def load_tokenizer(source: Source) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.hub_arguments())
     except (ValueError, OSError, TypeError, AttributeError, KeyError) as error:
         if not source.is_local:
-            with _explained(source, "tokenizer"):
+            with explained(source, "tokenizer"):
                 raise
         raise AttnConvertError(
             "tokenizer-missing",
@@ -158,14 +158,14 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "cpu") -> L
         device: a torch device.
 
     Raises:
-        AttnConvertError: see `_explained`; also `missing-tensors`, because transformers fills missing tensors with random numbers.
+        AttnConvertError: see `explained`; also `missing-tensors`, because transformers fills missing tensors with random numbers.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     dtypes = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     tokenizer = load_tokenizer(source)
-    with _explained(source, "model"):
+    with explained(source, "model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=torch.float32 if source.gguf_file and dtype == "auto" else dtypes[dtype],
@@ -202,7 +202,7 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
-class _explained:
+class explained:
     """Context manager: turn what transformers and huggingface_hub raise into AttnConvertError with the next step."""
 
     def __init__(self, source: Source, what: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,6 +90,31 @@ def load_saved(name: str, *, dtype: str = "auto", device: str = "cpu", base: str
         raise
 
 
+def locate(source: str) -> tuple[Path, Path]:
+    """Where a converted model lies and where its report goes: a folder is both; a model on the Hub is downloaded, its report goes to `<name>-evaluation` here.
+
+    Raises:
+        AttnConvertError: `not-converted`, `model-not-found`, `gated-model`, `offline`, `cannot-write`.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir() or source.count("/") != 1 or source.startswith((".", "~", "/")):
+        return folder, folder
+    from huggingface_hub import snapshot_download
+
+    from attnconvert.convert.load import Source, explained
+
+    with explained(Source(source, source), "model"):
+        checkpoint = Path(snapshot_download(source))
+    read_record(checkpoint)
+    out = Path(f"{folder.name}-evaluation")
+    try:
+        # report.html takes the training curves and the recipe from here.
+        shutil.copytree(checkpoint / FOLDER, out / FOLDER, dirs_exist_ok=True)
+    except OSError as error:
+        raise AttnConvertError("cannot-write", f"cannot write into '{out}': {error.strerror or error}", where=str(Path.cwd())) from error
+    return checkpoint, out
+
+
 def read_record(folder: Path) -> RunRecord:
     """The record of the run that wrote `folder`.
 
@@ -145,6 +171,7 @@ def evaluate_converted(
     dtype: str = "auto",
     note: Callable[[str], None] | None = None,
     progress: EvalProgress | None = None,
+    keep: Callable[[EvalReport, dict[str, Any]], object] | None = None,
 ) -> tuple[EvalReport, dict[str, Any]]:
     """Measure a converted model against its teacher as the end of its conversion did, or more of it, or on other text.
 
@@ -161,6 +188,7 @@ def evaluate_converted(
         dtype: `auto`, `fp32`, `bf16` or `fp16`.
         note: told what happens.
         progress: told about each batch.
+        keep: given what there is so far before attention, text and tasks are measured, which may take long.
 
     Returns:
         The report, and the facts about the conversion that `report.write_report` takes.
@@ -232,7 +260,26 @@ def evaluate_converted(
     )
     same_text = data is None and (config.tokens, config.length) == (recipe.evaluate.tokens, recipe.evaluate.length)
     report = replace(report, notes=(*report.notes, *_text_notes(record, held_out.description, same_text, data)))
-    if fidelity if fidelity is not None else suite in ("standard", "long"):
+    facts = record.facts
+    conversion = {
+        "recipe_name": record.recipe.recipe.name,
+        "base_model": record.teacher,
+        "base_model_type": plan.base_model_type,
+        "plan": plan.to_dict(),
+        "stages": facts.get("stages", []),
+        "data": facts.get("data"),
+        "evaluation_data": held_out.description,
+        "versions": facts.get("versions", {}),
+        "device": facts.get("device"),
+        "seconds": sum(facts.get("seconds", {}).values()),
+        "command": facts.get("command", ""),
+        "recipe": record.recipe.resolved,
+        "seed": seed,
+    }
+    compares = fidelity if fidelity is not None else suite in ("standard", "long")
+    if keep is not None and (compares or (tasks is not None and tasks.names)):
+        keep(report.with_findings(), conversion)
+    if compares:
         say("compare attention")
         report = _with_fidelity(report, student, teacher, loaded.tokenizer, held_out.eval, device, NUM_FIDELITY_ROWS[suite or "quick"], seed, progress)
     if tasks is not None and tasks.names:
@@ -251,22 +298,6 @@ def evaluate_converted(
             device=device,
         )
         report = replace(report, tasks=tuple(json_safe(results)))
-    facts = record.facts
-    conversion = {
-        "recipe_name": record.recipe.recipe.name,
-        "base_model": record.teacher,
-        "base_model_type": plan.base_model_type,
-        "plan": plan.to_dict(),
-        "stages": facts.get("stages", []),
-        "data": facts.get("data"),
-        "evaluation_data": held_out.description,
-        "versions": facts.get("versions", {}),
-        "device": facts.get("device"),
-        "seconds": sum(facts.get("seconds", {}).values()),
-        "command": facts.get("command", ""),
-        "recipe": record.recipe.resolved,
-        "seed": seed,
-    }
     return report.with_findings(), conversion
 
 
