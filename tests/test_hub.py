@@ -33,6 +33,7 @@ from attnconvert.convert.save import save_adapters, save_checkpoint
 from attnconvert.distill.config import LoraConfig
 from attnconvert.distill.lora import add_lora
 from attnconvert.errors import AttnConvertError
+from attnconvert.recipes.load import dump_resolved, load_recipe
 from attnconvert.surgery.swap import swap
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # how huggingface_hub 2 calls httpx2
@@ -722,6 +723,7 @@ print(json.dumps(found))
 
 def test_a_converted_model_on_the_hub_is_measured_by_its_id_and_its_report_goes_here(server: HubServer, checkpoint: Path, tmp_path: Path) -> None:
     files = {path.relative_to(checkpoint).as_posix(): path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+    files["attnconvert/recipe.yaml"] = dump_resolved(load_recipe("hedgehog").recipe).encode()
     server.add_repo("tester/tiny", files)
     found = json.loads(in_a_process(server, tmp_path, "-c", LOCATE).splitlines()[-1])
     assert found == ["hedgehog", "tiny-evaluation", ["metrics.jsonl", "recipe.yaml", "run.json"], "model-not-found"]
