@@ -105,6 +105,11 @@ def test_a_conversion_leaves_a_complete_measured_checkpoint_and_nothing_else(who
     conversion = json.loads((out / "report.json").read_text())["conversion"]
     assert conversion["recipe_name"] == "hedgehog"
     assert conversion["plan"] == result.plan.to_dict()
+    assert conversion["base_model_license"] == "apache-2.0"
+    assert "NOTICE" in conversion["data"]["license"]
+    page = (out / "report.html").read_text()
+    assert "Licence of the base model" in page
+    assert "Licence of the text" in page
 
 
 def test_the_report_measures_the_saved_student_against_the_teacher(whole: Any) -> None:

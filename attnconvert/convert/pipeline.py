@@ -375,7 +375,7 @@ def run(prepared: Prepared, options: RunOptions, ui: RunUI) -> ConversionResult:
     tokenizer = load_tokenizer(prepared.source)
     with job.phase("read text"):
         texts = _load_texts(prepared, tokenizer, _seed(prepared, options), ui)
-    job.record.data = texts.description
+    job.record.data = texts.description | ({"license": _EMBEDDED_TEXT_LICENSE} if job.prepared.recipe.recipe.data.source == "embedded" else {})
 
     folder = _run_folder(out)
     created = _make_folders(folder)
@@ -844,7 +844,11 @@ def _on_device(model: Any, job: _Job) -> Any:
     return model.to(job.device)
 
 
+_EMBEDDED_TEXT_LICENSE = "public domain, MIT, BSD, Apache-2.0, PSF-2.0, PostgreSQL and WordNet, source by source in attnconvert's NOTICE"
+
+
 def _write_report(job: _Job, report: EvalReport) -> None:
+    from attnconvert.convert.card import base_facts
     from attnconvert.convert.html import write_html
     from attnconvert.convert.report import write_report
 
@@ -853,6 +857,7 @@ def _write_report(job: _Job, report: EvalReport) -> None:
         "recipe_name": job.prepared.recipe.recipe.name,
         "base_model": job.prepared.source.name,
         "base_model_type": job.prepared.plan.base_model_type,
+        "base_model_license": base_facts(job.prepared.source.name, revision=job.prepared.source.revision).license,
         "plan": record.plan,
         "stages": record.stages,
         "data": record.data,

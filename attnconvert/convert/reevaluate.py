@@ -196,6 +196,7 @@ def evaluate_converted(
     Raises:
         AttnConvertError: `not-converted`, `no-run-record`, `unknown-suite`, and those of loading models and text and of running tasks.
     """
+    from attnconvert.convert.card import base_facts
     from attnconvert.distill.data import load_data
     from attnconvert.surgery.swap import zeroed_linear_branch
 
@@ -265,6 +266,7 @@ def evaluate_converted(
         "recipe_name": record.recipe.recipe.name,
         "base_model": record.teacher,
         "base_model_type": plan.base_model_type,
+        "base_model_license": base_facts(record.teacher, revision=record.revision).license,
         "plan": plan.to_dict(),
         "stages": facts.get("stages", []),
         "data": facts.get("data"),
