@@ -27,7 +27,7 @@ from attnconvert.convert.merge import merge
 from attnconvert.convert.pipeline import Prepared, RunOptions, load_converted, prepare, run, run_same_data_baseline
 from attnconvert.convert.plan import build_plan, estimate, evaluation_window, render_plan
 from attnconvert.distill.calibrate import calibrate
-from attnconvert.distill.data import load_data
+from attnconvert.distill.data import PackedRows, load_data
 from attnconvert.distill.loop import RunContext, StageResult
 from attnconvert.errors import AttnConvertError
 from attnconvert.recipes.load import load_recipe
@@ -251,6 +251,16 @@ def test_calibration_brings_the_swapped_model_closer_to_the_teacher_and_leaves_n
     kl = [torch.nn.functional.kl_div(x, teacher, log_target=True, reduction="none").sum(-1).mean().item() for x in (before, after)]
     assert kl[1] < 0.7 * kl[0]
     assert all(core.tap is None and core.linear_log_weight.std() > 0.1 for core in cores.values())
+
+
+def test_a_recipe_without_anything_to_calibrate_runs_no_rows_through_the_model(tmp_path: Path) -> None:
+    prepared = small("lolcats")
+    model = load_model(prepared.source).model
+    swap(model, prepared.plan)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    rows = PackedRows(torch.zeros(2, 8, dtype=torch.int32), torch.arange(8, dtype=torch.int32).repeat(2, 1))
+    calibrate(model, {idx: module.core for idx, _, module in converted_sites(model)}, rows, RunContext(tmp_path))
 
 
 # ---------------------------------------------------------------- adapters, kept layers, baseline

@@ -39,10 +39,11 @@ from rich.text import Text
 
 from attnconvert.convert.evaluate import EvalProgress, cache_bytes, device_name, json_safe
 from attnconvert.convert.load import load_model, resolve
-from attnconvert.convert.pipeline import FOLDER, versions
+from attnconvert.convert.pipeline import FOLDER, torch_device, versions
 from attnconvert.convert.reevaluate import NO_TEACHER, load_saved
-from attnconvert.convert.report import _write_atomically, format_bytes, format_seconds
+from attnconvert.convert.report import format_bytes, format_seconds
 from attnconvert.convert.save import FACTS_FILE
+from attnconvert.distill.loop import write_atomic
 from attnconvert.errors import AttnConvertError
 
 BENCH_SCHEMA_VERSION = 1
@@ -155,11 +156,11 @@ def bench(
         new_tokens, max_seconds, interrupted, and plots (paths relative to the output folder).
 
     Raises:
-        AttnConvertError: `bad-option`, `not-converted`, `no-gpu`, `cannot-write`, and those of loading models.
+        AttnConvertError: `bad-option`, `not-converted`, `unknown-device`, `cannot-write`, and those of loading models.
     """
     say = note or (lambda text: None)
     _check_options(lengths, batch_sizes, new_tokens, max_seconds)
-    on_device = _device(device)
+    on_device = torch_device(device)
     folder = output_folder(source, out)
     _check_writable(folder)
     notes: list[str] = []
@@ -248,15 +249,6 @@ def _check_writable(folder: Path) -> None:
         raise AttnConvertError("cannot-write", f"cannot write into '{folder}'", where=str(existing), hint="give another folder with --out")
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        raise AttnConvertError("no-gpu", f"there is no {name!r} here", hint="`attnconvert doctor` says what this machine has; --device cpu works without a GPU")
-    return device
-
-
 def usable_lengths(asked: Sequence[int] | None, default: Sequence[int], limit: int | None, notes: list[str]) -> list[int]:
     """The lengths to measure: those asked for, as far as the models go, and the limit itself in place of what lies beyond it.
 
@@ -334,7 +326,7 @@ def write_bench(result: Mapping[str, Any], folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AttnConvertError("cannot-write", f"cannot create '{folder}': {error.strerror or error}", where=str(folder)) from error
-    _write_atomically(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    write_atomic(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
     return path
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from attnconvert import embedded
-from attnconvert.convert.report import compact_settings, format_bytes, format_seconds, layer_map
+from attnconvert.convert.report import compact_settings, format_bytes, format_seconds, layer_map, markdown_table
 from attnconvert.convert.save import FACTS_FILE
 from attnconvert.errors import AttnConvertError
 from attnconvert.surgery import registry
@@ -538,11 +538,6 @@ def _shown(estimate: Any, digits: int) -> str:
     return text if not interval or not all(map(_finite, interval)) else f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rows = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
 def _title(conversion: Mapping[str, Any], repo_id: str | None) -> str:
     return f"# {(repo_id or '').rpartition('/')[2] or _short_name(conversion)}"
 
@@ -623,7 +618,7 @@ def _figures(evaluation: Mapping[str, Any]) -> str:
         f"{evaluation.get('num_tokens', 0):,} held-out tokens in {evaluation.get('num_rows', 0)} rows of {evaluation.get('row_length', 0)}; in brackets the 95 % interval. "
         "All figures, ablations and the recall tests in full: `report.md`, `report.json`."
     )
-    return "## Quality\n\n" + text + "\n\n" + _table(("", "original", "converted"), rows)
+    return "## Quality\n\n" + text + "\n\n" + markdown_table(("", "original", "converted"), rows)
 
 
 def _recall_rows(evaluation: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
@@ -649,18 +644,15 @@ def _recall_rows(evaluation: Mapping[str, Any], kind: str) -> list[dict[str, Any
 
 def _pooled(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Accuracy over all trials of `rows`; the interval only where there is one row, or recomputed (Wilson) over several."""
+    from attnconvert.convert.recall import wilson_interval
+
     trials = sum(int(row.get("num_trials") or 0) for row in rows)
     if not rows or not trials or not all(_finite(row.get("accuracy")) for row in rows):
         return None
     share = sum(float(row["accuracy"]) * int(row["num_trials"]) for row in rows) / trials
     if len(rows) == 1 and rows[0].get("ci95"):
         return {"accuracy": share, "ci95": rows[0]["ci95"], "num_trials": trials}
-    z = 1.96
-    centre, spread = (
-        (share + z * z / (2 * trials)) / (1 + z * z / trials),
-        z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)),
-    )
-    return {"accuracy": share, "ci95": [max(0.0, centre - spread), min(1.0, centre + spread)], "num_trials": trials}
+    return {"accuracy": share, "ci95": list(wilson_interval(share * trials, trials)), "num_trials": trials}
 
 
 def _accuracy(pooled: Mapping[str, Any] | None) -> str:
@@ -686,7 +678,9 @@ def _tasks(evaluation: Mapping[str, Any]) -> str:
         )
     if not rows:
         return ""
-    return "### Tasks\n\nBy lm-evaluation-harness, with standard errors.\n\n" + _table(("task", "metric", "samples", "original", "converted", "chance"), rows)
+    return "### Tasks\n\nBy lm-evaluation-harness, with standard errors.\n\n" + markdown_table(
+        ("task", "metric", "samples", "original", "converted", "chance"), rows
+    )
 
 
 def losses(document: Mapping[str, Any]) -> list[str]:

@@ -357,7 +357,7 @@ def run(prepared: Prepared, options: RunOptions, ui: RunUI) -> ConversionResult:
     """
     out = Path(os.path.abspath(options.out))
     options = replace(options, out=out)
-    device, precision = _device(options.device), _precision(prepared, options)
+    device, precision = torch_device(options.device), _precision(prepared, options)
     settings = _settings(prepared, options, precision)
     finished = _finished(out, settings, options)
     if finished is not None:
@@ -887,7 +887,7 @@ def run_same_data_baseline(prepared: Prepared, options: RunOptions, ui: RunUI) -
     from attnconvert.distill.finetune import run_finetune
     from attnconvert.distill.lora import add_lora, merge_lora
 
-    device, precision = _device(options.device), _precision(prepared, options)
+    device, precision = torch_device(options.device), _precision(prepared, options)
     folder = Path(os.path.abspath(options.out))
     job = _Job(prepared, options, ui, device, precision, _Record(uuid.uuid4().hex, {}), options.resume)
     recipe, seed = prepared.recipe.recipe, _seed(prepared, options)
@@ -923,7 +923,7 @@ def run_same_data_baseline(prepared: Prepared, options: RunOptions, ui: RunUI) -
 # ---------------------------------------------------------------- surroundings
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
     """The torch device for `--device`. Raises AttnConvertError `unknown-device`."""
     import torch
 
@@ -958,7 +958,7 @@ def _precision(prepared: Prepared, options: RunOptions) -> Literal["fp32", "bf16
         raise AttnConvertError("unknown-dtype", f"unknown dtype {options.dtype!r}", expected=f"one of: auto, {', '.join(_DTYPES)}")
     if wanted != "auto":
         return wanted
-    return "bf16" if _device(options.device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch_device(options.device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def _trains_in_fp32(job: _Job, dtype: torch.dtype) -> bool:

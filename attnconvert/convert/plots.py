@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnconvert.distill.loop import write_atomic
 from attnconvert.errors import AttnConvertError
 
 if TYPE_CHECKING:
@@ -56,15 +55,7 @@ def _save(figure: Figure, path: Path) -> Path:
     """Write a PNG, complete or not at all; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise AttnConvertError("cannot-write", f"cannot write '{path.name}': {error.strerror or error}", where=str(path.parent)) from error
+    write_atomic(path, buffer.getvalue())
     return path
 
 

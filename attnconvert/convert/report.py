@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +22,7 @@ from rich.text import Text
 from attnconvert.convert.evaluate import Estimate, EvalReport, PositionQuality, Quality, StateBytes, json_safe
 from attnconvert.convert.recall import NUM_CANDIDATES, MqarResult, NeedleResult, PasskeyResult
 from attnconvert.convert.verdict import row_name
+from attnconvert.distill.loop import write_atomic
 from attnconvert.errors import AttnConvertError
 
 REPORT_SCHEMA_VERSION = 1
@@ -294,6 +293,10 @@ def write_report(report: EvalReport, conversion: Mapping[str, Any], directory: P
         AttnConvertError: `cannot-write` when the folder is missing, read-only or full.
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        raise AttnConvertError(
+            "cannot-write", f"there is no folder '{directory}'", where=str(directory.parent), hint="Check that the folder exists and has space."
+        )
     document = {
         "schema_version": REPORT_SCHEMA_VERSION,
         "conversion": json_safe(conversion),
@@ -303,7 +306,7 @@ def write_report(report: EvalReport, conversion: Mapping[str, Any], directory: P
     # Both texts exist before anything is written, so a value that is not JSON leaves no half of a report.
     texts = {"report.json": json.dumps(document, indent=2, allow_nan=False) + "\n", "report.md": render_markdown(report, conversion)}
     for name, text in texts.items():
-        _write_atomically(directory / name, text)
+        write_atomic(directory / name, text.encode())
     return directory / "report.json", directory / "report.md"
 
 
@@ -314,23 +317,6 @@ def _kept(path: Path) -> dict[str, Any]:
         return {"bench": before["bench"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        # The reason to report is the first one, whatever else fails while tidying up.
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise AttnConvertError(
-            "cannot-write", f"cannot write '{path.name}': {error.strerror or error}", where=str(path.parent), hint="Check that the folder exists and has space."
-        ) from error
 
 
 # ---------------------------------------------------------------- report.md
@@ -458,7 +444,9 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column to the left, the others to the right."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -472,7 +460,7 @@ def _marked(level: str | None, cells: Sequence[str]) -> tuple[str, ...]:
 
 
 def _content(table: _Rows) -> str:
-    return _table(table.columns, (_marked(level, cells) for level, cells in table.rows))
+    return markdown_table(table.columns, (_marked(level, cells) for level, cells in table.rows))
 
 
 def _findings_section(report: EvalReport) -> str:
@@ -586,9 +574,9 @@ def _passkey_section(report: EvalReport) -> str:
     parts = [
         "## Passkey recall",
         text,
-        _table(("tokens", *names, "how far back the key is"), cells),
+        markdown_table(("tokens", *names, "how far back the key is"), cells),
         "By depth of the key (early / middle / late third) and mean reciprocal rank (chance 0.29):",
-        _table(("tokens", *names), more),
+        markdown_table(("tokens", *names), more),
     ]
     return "\n\n".join(parts)
 
@@ -606,14 +594,14 @@ def _state_section(report: EvalReport) -> str:
         return ""
     text = f"Bytes held by the decode cache of one sequence after a prefill, measured ({report.dtype} weights)."
     rows = (_marked(level, cells) for level, cells in _state_rows(report))
-    return "## Decode cache\n\n" + text + "\n\n" + _table(("tokens", "teacher (KV)", "student", "smaller by"), rows)
+    return "## Decode cache\n\n" + text + "\n\n" + markdown_table(("tokens", "teacher (KV)", "student", "smaller by"), rows)
 
 
 def _training_section(conversion: Mapping[str, Any]) -> str:
     parts = []
     stages = conversion.get("stages") or []
     if stages:
-        parts.append(_table(("stage", "tokens", "steps", "time", "tokens/s", "final loss", "peak memory"), (_stage_cells(stage) for stage in stages)))
+        parts.append(markdown_table(("stage", "tokens", "steps", "time", "tokens/s", "final loss", "peak memory"), (_stage_cells(stage) for stage in stages)))
     for stage in stages:
         errors = {int(layer): float(error) for layer, error in (stage.get("layer_errors") or {}).items()}
         if errors:

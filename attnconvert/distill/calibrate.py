@@ -25,15 +25,18 @@ def calibrate(model: nn.Module, cores: Mapping[int, Core], rows: PackedRows, run
         rows: training rows; the first ones in the training order of `run.seed` are used.
         run: where and how.
     """
+    wanting = [core for core in cores.values() if core.needs_calibration]
+    if not wanting:
+        return
 
     def tap(core: Any, q: Tensor, k: Tensor, v: Tensor, inputs: Any, y: Tensor) -> None:
         core.calibrate(q, k, v, inputs)
 
-    before = [(core, core.tap) for core in cores.values()]
+    before = [(core, core.tap) for core in wanting]
     batch = rows.rows(epoch_indices(rows.num_rows, run.seed, 0, min(num_rows, rows.num_rows)))
     model.eval()
     try:
-        for core in cores.values():
+        for core in wanting:
             core.tap = tap
         for i in range(batch.input_ids.shape[0]):
             with torch.no_grad(), autocast(run):

@@ -54,10 +54,12 @@ class Core(Protocol):
 
     Attributes:
         teacher: True = the layer computes the original softmax attention.
+        needs_calibration: whether `calibrate.calibrate` has something to set.
         tap: None, or a function called as `tap(core, q, k, v, inputs, y)` with the teacher's output y; then the layer returns y.
     """
 
     teacher: bool
+    needs_calibration: bool
     tap: Any
 
     def __call__(self, *args: Any) -> Any:

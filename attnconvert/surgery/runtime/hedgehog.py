@@ -40,7 +40,7 @@ class HedgehogAttention(AttentionCore):
     ):  # fmt: skip
         super().__init__()
         self.window_size, self.window_kind, self.num_sinks = int(window["size"]), str(window["kind"]), sinks
-        self.calibrated = linear and softmax_weight is None
+        self.needs_calibration = linear and softmax_weight is None
         self._log_ratio: tuple[Tensor | float, Tensor | float] = (0.0, 0.0)  # sums of `branch_log_ratio` so far
         self.linear, self.linear_enabled, self.gates, self.reference = linear, True, gates, reference
         if linear:
@@ -85,7 +85,7 @@ class HedgehogAttention(AttentionCore):
 
     def calibrate(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> None:
         """linear_log_weight = the one at which both branches weigh as in the teacher. Pretrained heads differ by e^10 in it, and one learned from a common start is far off for long."""
-        if not self.calibrated:
+        if not self.needs_calibration:
             return
         options = self._options(inputs.scaling)
         del options["linear_log_weight"]

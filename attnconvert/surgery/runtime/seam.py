@@ -146,6 +146,7 @@ class AttentionCore(nn.Module):
     Attributes:
         teacher: True = the layer computes the original softmax attention (no cache).
         tap: when set, the layer computes the teacher's attention y and calls `tap(core, q, k, v, inputs, y)` first.
+        needs_calibration: `calibrate` sets something.
         compile_kernel: run the operator through torch.compile (training on CUDA).
     """
 
@@ -154,6 +155,7 @@ class AttentionCore(nn.Module):
         self.teacher = False
         self.tap: Callable[[AttentionCore, Tensor, Tensor, Tensor, SeamInputs, Tensor], None] | None = None
         self.compile_kernel = False
+        self.needs_calibration = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> Tensor:
         """Student attention. q [B, H, T, D], k, v [B, G, T, D] (this call's tokens only) -> [B, H, T, D]; updates `inputs.layer`."""
