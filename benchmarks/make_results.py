@@ -1,4 +1,4 @@
-"""Write docs/results.md, and the table in README.md, from benchmarks/results/*.json. No figure there is typed by hand.
+"""Write docs/results.md, and the tables in README.md and docs/kernels.md, from benchmarks/results/*.json. No figure there is typed by hand.
 
 python benchmarks/make_results.py
 """
@@ -245,6 +245,186 @@ def readme_table() -> str:
     )
 
 
+FORMS = {"published": "as published", "gates": "recipe `hedgehog`", "absolute": "without gates", "no-sinks": "without gates and sinks"}
+KERNEL_ROWS = {"linear.forward": "forward", "linear.forward_backward": "forward + backward", "linear.decode": "decode step"}
+RIVAL_NAMES = {
+    "cudnn": "softmax, cuDNN",
+    "flash": "softmax, FlashAttention-2",
+    "fa3": "softmax, FlashAttention-3",
+    "compiled": "the PyTorch operator, compiled",
+}
+
+
+def milliseconds(value: float) -> str:
+    """About three digits, whatever the size."""
+    return (
+        f"{value:.4f}" if value < 0.01 else f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    )
+
+
+def kernel_speed() -> str:
+    """Every row of our kernels beside its floor, its goal and the best rival."""
+    found = load("kernels_linear*.json")
+    ours = [row for _, row in found if row["impl"] == "triton"]
+    if not ours:
+        return ""
+    meta = found[0][0]
+    ceilings = meta["ceilings"]
+    text = f"Measured in that run: copy {ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 matrix product {ceilings['gemm_flop_per_s'] / 1e12:.0f} TFLOP/s. The floor follows from these two,\nwith every input and output moved once. Times are medians in ms; the goal belongs to the published form.\n\n"
+    for name, title in KERNEL_ROWS.items():
+        rows = [r for r in ours if r["name"] == name]
+        if not rows:
+            continue
+        rows.sort(key=lambda r: (r["D"] != 128, r["H"] // r["G"], r["B"], r["T"], list(FORMS).index(r["form"])))
+        body = []
+        for r in rows:
+            size = [FORMS[r["form"]], f"{r['H']} / {r['G']}", str(r["D"]), str(r["B"]), *([] if name == "linear.decode" else [f"{r['T']:,}"])]
+            if r["ms"] is None:
+                body.append([*size, "-", milliseconds(r["floor_ms"]), "-", r.get("note", "-"), "-", "-"])
+                continue
+            rival = f"{r['best_rival']} {milliseconds(r['best_rival_ms'])}" if "best_rival" in r else "-"
+            goal = f"{milliseconds(r['goal_ms'])}, {'met' if r['goal_met'] else 'missed'}" if "goal_ms" in r else "-"
+            body.append(
+                [*size, milliseconds(r["ms"]), milliseconds(r["floor_ms"]), number(r["ms"] / r["floor_ms"], 2), rival, number(r.get("speedup"), 2), goal]
+            )
+        header = [
+            "form",
+            "heads / KV heads",
+            "head_dim",
+            "batch",
+            *([] if name == "linear.decode" else ["tokens"]),
+            "ms",
+            "floor",
+            "x floor",
+            "best rival",
+            "times faster",
+            "goal",
+        ]
+        text += f"### {title.capitalize()}\n{table(header, body)}\n"
+    return text + kernel_rivals(found) + f"{where(meta)}\n\n"
+
+
+def kernel_rivals(found: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """All rivals at B = 1 and as many KV heads as heads, and the memory of a training pass."""
+    base = [
+        r for _, r in found if r["B"] == 1 and r["D"] == 128 and r["H"] == r["G"] and r["form"] in (None, "published", "gates") and r["name"] != "linear.decode"
+    ]
+    lengths = sorted({r["T"] for r in base})
+    text = ""
+    for title, value in (
+        ("Everybody, batch 1, 32 heads, ms (forward, then forward + backward)", "ms"),
+        ("Memory of forward + backward above its inputs, MiB", "bytes_peak"),
+    ):
+        body = []
+        for who in dict.fromkeys((r["impl"], r["form"]) for r in base):
+            cells = []
+            for name in ("linear.forward", "linear.forward_backward") if value == "ms" else ("linear.forward_backward",):
+                for T in lengths:
+                    cell = [r.get(value) for r in base if (r["impl"], r["form"], r["name"], r["T"]) == (*who, name, T)]
+                    shown = "-" if not cell or cell[0] is None else milliseconds(cell[0]) if value == "ms" else f"{cell[0] / 2**20:,.0f}"
+                    cells.append(shown)
+            if any(cell != "-" for cell in cells):
+                body.append([f"ours, {FORMS[who[1]]}" if who[1] else RIVAL_NAMES.get(who[0], who[0]), *cells])
+        if body:
+            header = ["", *(f"{T:,}" for T in lengths), *([f"{T:,}, f+b" for T in lengths] if value == "ms" else [])]
+            text += f"### {title}\n{table(header, body)}\n"
+    missing = dict.fromkeys(
+        f"{RIVAL_NAMES.get(r['impl'], r['impl'])}, {KERNEL_ROWS[r['name']]}, B={r['B']} T={r['T']} heads {r['H']}/{r['G']}: {r['note']}"
+        for _, r in found
+        if r["ms"] is None and r["impl"] != "triton"
+    )
+    return text + ("Not measured:\n" + "".join(f"- {line}\n" for line in missing) + "\n" if missing else "")
+
+
+def generation() -> str:
+    """Whole models: prefill, decode, largest batch, and 1024 tokens at the best batch."""
+    found = load("generate*.json")
+    done = [row for _, row in found if "tokens_per_second" in row]
+    if not done:
+        return ""
+    text = "## Whole models\nRandom weights, bf16, every layer converted with the recipe `hedgehog` or every layer softmax. Decode replays one CUDA graph of the model's own forward, for\nboth; the softmax model attends to a full static cache without a mask. Tokens a second; memory is the peak with one model's weights.\n\n"
+    body = []
+    for row in done:
+        if row["attention"] != "dense" or row["name"] == "generate.based":
+            continue
+        other = next((r for r in done if r["attention"] == "converted" and all(r.get(x) == row.get(x) for x in ("name", "model", "T"))), None)
+        pair = [row, other]
+        body.append(
+            [row["model"], row["name"].partition(".")[2], f"{row['T']:,}", " / ".join("-" if r is None else str(r["B"]) for r in pair), *("-" if r is None else f"{r['tokens_per_second']:,.0f}" for r in pair),
+             "-" if other is None else number(other["tokens_per_second"] / row["tokens_per_second"], 2), *("-" if r is None or r["bytes_peak"] is None else f"{r['bytes_peak'] / 2**30:.1f}" for r in pair)]
+        )  # fmt: skip
+    if body:
+        text += table(["model", "", "context", "batch, softmax / ours", "softmax", "ours", "ratio", "softmax GiB", "ours GiB"], body) + "\n"
+    body = []
+    for model in dict.fromkeys(r["model"] for r in done):
+        best = [max((r for r in done if r["name"] == "generate.based" and r["model"] == model and r["attention"] == kind), key=lambda r: r["tokens_per_second"], default=None) for kind in ("dense", "converted")]  # fmt: skip
+        dense, converted = best
+        if dense is not None and converted is not None:
+            body.append([model, f"{dense['tokens_per_second']:,.0f} (batch {dense['B']})", f"{converted['tokens_per_second']:,.0f} (batch {converted['B']})", number(converted["tokens_per_second"] / dense["tokens_per_second"], 2)])  # fmt: skip
+    if body:
+        first = next(r for r in done if r["name"] == "generate.based")
+        text += f"### {first['new_tokens']} new tokens after {first['prompt']}, each at its best batch\nTokens a second. BASED (arXiv 2402.18668) reports 24 times FlashAttention-2 in this setting, for its own model of 1.3 B parameters.\n\n"
+        text += table(["model", "softmax", "ours", "ratio"], body) + "\n"
+    notes = dict.fromkeys(
+        f"{r['model']}, {r['attention']}, {r['name'].partition('.')[2]}{' T=' + str(r['T']) if 'T' in r else ''}{' B=' + str(r['B']) if 'B' in r else ''}: {r['note']}"
+        for _, r in found
+        if r.get("note")
+    )
+    return text + ("Remarks:\n" + "".join(f"- {note}\n" for note in notes) + "\n" if notes else "") + f"{where(found[0][0])}\n"
+
+
+def plot_kernels(path: Path) -> bool:
+    """Time against length, batch 1; False when there is nothing to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [
+        r
+        for _, r in load("kernels_linear*.json")
+        if r["B"] == 1 and r["D"] == 128 and r["H"] == r["G"] and r["ms"] is not None and r["form"] in (None, "published")
+    ]
+    names = [name for name in ("linear.forward", "linear.forward_backward") if len({r["T"] for r in rows if r["name"] == name}) > 1]
+    if not names:
+        return False
+    figure, axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        here = [r for r in rows if r["name"] == name]
+        for impl in dict.fromkeys(r["impl"] for r in here):
+            points = sorted((r["T"], r["ms"]) for r in here if r["impl"] == impl)
+            ours = impl == "triton"
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=2.5 if ours else 1.2, label="ours, as published" if ours else RIVAL_NAMES.get(impl, impl), zorder=3 if ours else 2)  # fmt: skip
+        floors = sorted({(r["T"], r["floor_ms"]) for r in here if r["impl"] == "triton"})
+        axis.plot(*zip(*floors, strict=True), linestyle=":", color="black", label="floor")
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=KERNEL_ROWS[name])
+        lengths = sorted({r["T"] for r in here})
+        axis.set_xticks(lengths, [f"{T // 1024}k" for T in lengths], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    pyplot.close(figure)
+    return True
+
+
+def write_kernels() -> None:
+    """Fill the marked block of docs/kernels.md; without results it stays as it is."""
+    page = ROOT / "docs" / "kernels.md"
+    figures = kernel_speed() + generation()
+    if not figures:
+        return
+    picture = plot_kernels(ROOT / "docs" / "results" / "kernels.png")
+    text = page.read_text()
+    begin, end = "<!-- figures -->\n", "<!-- /figures -->"
+    head, _, rest = text.partition(begin)
+    assert rest, "docs/kernels.md has no figures block"
+    figures = ("![Time against length: our kernels, their floor and the rivals](results/kernels.png)\n\n" if picture else "") + figures
+    page.write_text(head + begin + figures.rstrip() + "\n" + end + rest.partition(end)[2])
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
@@ -263,6 +443,7 @@ def main() -> None:
         + memory()
     )
     (ROOT / "docs" / "results.md").write_text(page.rstrip() + "\n")
+    write_kernels()
 
 
 if __name__ == "__main__":

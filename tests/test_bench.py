@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from attnconvert.convert import bench as module
 from attnconvert.convert.bench import (
     bench,
+    bench_markdown,
     crossover,
     crossover_words,
     output_folder,
@@ -152,6 +153,16 @@ def test_the_terminal_shows_every_figure_and_the_crossover_in_words(measured: di
     assert "note: Peak memory and the largest batch are measured on a GPU only." in text
 
 
+def test_markdown_has_every_cell_with_both_models_and_says_how_it_was_measured(measured: dict[str, Any]) -> None:
+    text = bench_markdown(measured)
+    cells = [line.split(" | ") for line in text.splitlines() if line.startswith(("| 1 |", "| 2 |"))]
+    assert [(cell[0].strip("| "), cell[1]) for cell in cells] == [(str(size), str(length)) for size in (1, 2) for length in LENGTHS]
+    assert all(" / " in figure and "-" not in figure for cell in cells for figure in cell[2:])
+    assert "peak memory" not in text  # a CPU has none to show
+    for fact in ("`attnconvert bench model`", f"torch {measured['versions']['torch']}", *measured["crossover_text"].values()):
+        assert fact in text
+
+
 def test_without_a_loadable_teacher_the_student_stands_alone(converted: Path, tmp_path: Path) -> None:
     record = converted / "attnconvert" / "run.json"
     before = record.read_text()
@@ -234,7 +245,7 @@ def test_decoding_at_the_limit_starts_early_enough_to_stay_inside_it() -> None:
     result = sweep({"student": model}, [16, 30, 32], limit=32, new_tokens=4)
     assert max(length for _, length in model.shapes) == 32
     notes = {row["length"]: row["note"] for row in result["rows"] if row["phase"] == "decode"}
-    assert notes == {16: None, **dict.fromkeys((30, 32), "decoded after 28 tokens, so that the last step still has a position")}
+    assert notes == {16: None, **dict.fromkeys((30, 32), "decoded after 26 tokens, so that the last step still has a position")}
 
 
 def test_lengths_beyond_the_limit_become_the_limit_and_are_named() -> None:
@@ -274,6 +285,15 @@ def test_a_series_stops_before_a_cell_that_takes_too_long(monkeypatch: pytest.Mo
 )
 def test_the_prediction_is_a_power_law_within_bounds(series: list[tuple[int, float]], powers: tuple[float, float], expected: float) -> None:
     assert predict_seconds(series, 400, powers) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("device", "too_much"), [("cpu", True), ("cuda", False)])
+def test_a_larger_batch_costs_its_rows_on_a_cpu_and_on_a_gpu_what_smaller_ones_showed(device: str, too_much: bool) -> None:
+    of = settings(device=torch.device(device), max_seconds=10.0)
+    history = {("teacher", 1): [module._Timed(64, 0.5, 0.5)]}
+    assert (module._too_much("teacher", 8, 64, history, {}, of) is not None) is too_much
+    history[("teacher", 8)] = [module._Timed(64, 2.0, 2.0)]
+    assert module._too_much("teacher", 32, 64, history, {}, of) is not None
 
 
 # ---------------------------------------------------------------- memory that ends
@@ -479,6 +499,9 @@ def test_every_plot_is_a_whole_png_of_twice_800_pixels(tmp_path: Path) -> None:
         draw_needles(NEEDLES, folder / "needles.png"),
         draw_positions(POSITIONS, folder / "positions.png"),
     ]
+    rows.append({**rows[0], "phase": "prefill", "peak_memory_bytes": 2**30})
+    assert [path.name for path in draw_bench({"rows": rows}, folder)] == [f"bench-{what}.png" for what in ("decode", "prefill", "memory", "cache")]
+    (folder / "bench-memory.png").unlink()
     assert [path.name for path in paths] == ["bench-decode.png", "bench-prefill.png", "bench-cache.png", "training.png", "needles.png", "positions.png"]
     assert draw_needles(NEEDLES, tmp_path / "again.png").read_bytes() == (folder / "needles.png").read_bytes()
     assert {pixels(path)[0] for path in paths} == {1600}

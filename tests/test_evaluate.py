@@ -543,9 +543,15 @@ def test_a_report_of_schema_version_1_still_loads(report: EvalReport) -> None:
 def test_measuring_again_keeps_the_speed_measurements(report: EvalReport, tmp_path: Any) -> None:
     path, _ = write_report(report, {}, tmp_path)
     assert "bench" not in json.loads(path.read_text())
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"bench": {"rows": [1]}}))
+    row = {"model": "student", "phase": "decode", "batch_size": 2, "length": 64, "cache_bytes": 4096, "peak_memory_bytes": None, "num_repeats": 3}
+    row |= {"tokens_per_second": 123.0, "tokens_per_second_min": 120.0, "tokens_per_second_max": 125.0, "seconds_per_token": 0.01, "first_token_seconds": None}
+    bench = {"rows": [row], "device": "some GPU", "dtype": "bfloat16"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bench": bench}))
     write_report(report, _conversion(), tmp_path)
-    assert json.loads(path.read_text())["bench"] == {"rows": [1]}
+    assert json.loads(path.read_text())["bench"] == bench
+    text = (tmp_path / "report.md").read_text()
+    assert "## Speed and memory" in text
+    assert "123" in text
     assert json.loads(path.read_text())["conversion"]["recipe_name"] == "hedgehog"
 
 

@@ -13,9 +13,13 @@ from safetensors.torch import load_file
 from test_kernel_linear import STARTS, G, H, draw, options, oracle
 from test_pipeline import Log, small
 
+from attnconvert.convert import bench as benchmark
+from attnconvert.convert.bench import bench
+from attnconvert.convert.load import load_model
 from attnconvert.convert.merge import merge
-from attnconvert.convert.pipeline import RunOptions, load_converted, run
+from attnconvert.convert.pipeline import RunOptions, load_converted, prepare, run
 from attnconvert.kernels.linear.reference import linear_attention
+from attnconvert.surgery.swap import swap
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CASES = [("block", 8, 2, "absolute", G), ("block", 16, 0, "window_max", H), ("sliding", 8, 2, "absolute", G), ("sliding", 0, 0, "absolute", G)]
@@ -81,3 +85,33 @@ def test_adapters_trained_on_the_gpu_merge_on_the_cpu_to_the_same_checkpoint(tmp
     assert full.keys() == merged.keys()
     # Two trainings on a GPU need not end with the same bits; the merge of either rounds to bf16 from nearly the same numbers.
     assert all(torch.allclose(full[name].float(), merged[name].float(), rtol=0.05, atol=1e-2) for name in full)
+
+
+def test_bench_measures_memory_and_goes_on_after_running_out_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 1 GiB of GPU memory, 2048 rows of 256 tokens of the embedded model cannot fit; one row, and some batch of decoding rows, can."""
+    monkeypatch.setattr(benchmark, "MAX_REPEATS", 3)
+    prepared = prepare("demo", "hedgehog")
+    loaded = load_model(prepared.source)
+    swap(loaded.model, prepared.plan)
+    loaded.model.save_pretrained(tmp_path / "model")
+    loaded.tokenizer.save_pretrained(tmp_path / "model")
+    benchmark._free(torch.device("cuda"))
+    before, total = torch.cuda.memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)
+    try:
+        result = bench(tmp_path / "model", against="demo", device="cuda", lengths=[64, 256], batch_sizes=[1, 2048], new_tokens=2, max_seconds=60.0)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    single = {(row["model"], row["phase"], row["length"]): row for row in result["rows"] if row["batch_size"] == 1}
+    assert set(single) == {(model, phase, length) for model in ("teacher", "student") for phase in ("prefill", "decode") for length in (64, 256)}
+    for (model, _, _), row in single.items():
+        assert row["peak_memory_above_weights_bytes"] > row["cache_bytes"] / 2, row
+        assert row["peak_memory_bytes"] == row["peak_memory_above_weights_bytes"] + result["weight_bytes"][model]
+    assert {(stop["model"], stop["batch_size"], stop["reason"]) for stop in result["stopped"]} == {(m, 2048, "out of memory") for m in ("teacher", "student")}
+    assert {row["model"] for row in result["largest_batch"]} == {"teacher", "student"}
+    for row in result["largest_batch"]:
+        assert row["length"] == 256
+        assert 1 <= row["batch_size"] < 4096
+        assert row["note"] == f"{2 * row['batch_size']} rows ran out of memory"
+    benchmark._free(torch.device("cuda"))
+    assert torch.cuda.memory_allocated() <= before, "what ran out of memory holds on to nothing"

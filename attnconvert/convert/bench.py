@@ -41,10 +41,11 @@ from attnconvert.convert.evaluate import EvalProgress, cache_bytes, device_name,
 from attnconvert.convert.load import load_model, resolve
 from attnconvert.convert.pipeline import FOLDER, torch_device, versions
 from attnconvert.convert.reevaluate import NO_TEACHER, load_saved
-from attnconvert.convert.report import format_bytes, format_seconds
+from attnconvert.convert.report import format_bytes, format_seconds, markdown_table, refresh_markdown
 from attnconvert.convert.save import FACTS_FILE
 from attnconvert.distill.loop import write_atomic
 from attnconvert.errors import AttnConvertError
+from attnconvert.surgery.runtime.graph import DecodeGraph
 
 BENCH_SCHEMA_VERSION = 1
 BENCH_FILE, REPORT_FILE, PLOTS_FOLDER = "bench.json", "report.json", "plots"
@@ -54,6 +55,7 @@ CPU_BATCH_SIZES, CUDA_BATCH_SIZES = (1,), (1, 8)
 MIN_REPEATS, MAX_REPEATS = 3, 7
 # A small model on a big GPU would double for minutes; beyond this the figure says nothing about a real server.
 MAX_BATCH_SIZE = 4096
+UNTIMED_STEPS = 2  # the first decode steps on a cache: a converted model runs one plainly and records its CUDA graph in the next
 MEASURES = ("prefill", "decode", "cache")
 
 _Result = TypeVar("_Result")
@@ -111,7 +113,7 @@ class _Settings:
 
     def context(self, length: int) -> int:
         """Tokens prefilled before decoding, so that the last step still has a position: `length`, or less at the limit."""
-        return length if self.limit is None else min(length, self.limit - self.new_tokens)
+        return length if self.limit is None else min(length, self.limit - self.new_tokens - UNTIMED_STEPS)
 
 
 # ---------------------------------------------------------------- the whole benchmark
@@ -327,6 +329,8 @@ def write_bench(result: Mapping[str, Any], folder: Path) -> Path:
     except OSError as error:
         raise AttnConvertError("cannot-write", f"cannot create '{folder}': {error.strerror or error}", where=str(folder)) from error
     write_atomic(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+    if "evaluation" in document:
+        refresh_markdown(document, folder)
     return path
 
 
@@ -500,11 +504,14 @@ def _prefill(model: Any, prompt: torch.Tensor) -> tuple[torch.Tensor, Any]:
 
 
 def _decode(model: Any, token: torch.Tensor, cache: Any, new_tokens: int, device: torch.device) -> float:
-    """Seconds of `new_tokens` single-token steps on a cache, which grows."""
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(new_tokens):
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    """Seconds of `new_tokens` single-token steps on a cache, which grows; as `generate()` takes them, so a converted model on a GPU replays a CUDA graph."""
+    run = DecodeGraph(model) if device.type == "cuda" else model  # it leaves alone what it cannot record, such as the teacher's growing cache
+    start = 0.0
+    for step in range(-UNTIMED_STEPS if device.type == "cuda" else 0, new_tokens):
+        if step == 0:
+            _synchronize(device)
+            start = time.perf_counter()
+        logits = run(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         token = logits[:, -1:].argmax(-1)  # stays on the device: nothing waits for it but the next step
     _synchronize(device)
     return time.perf_counter() - start
@@ -637,9 +644,12 @@ def _too_much(
         prefill = predict_seconds([(one.length, one.prefill_seconds) for one in series], length, (1.0, 2.0))
         pass_seconds = prefill + predict_seconds([(one.length, one.decode_seconds) for one in series], length, (0.0, 1.0))
     else:
-        sizes = [smaller for other, smaller in history if other == name and smaller < size]
-        known = {one.length: one.prefill_seconds + one.decode_seconds for one in history[(name, max(sizes))]} if sizes else {}
-        pass_seconds = known[length] * size / max(sizes) if length in known else 0.0
+        # on a GPU a small batch costs what a single row does, so only what two batch sizes show counts as growth; a CPU has nothing to spare
+        powers = (0.0 if settings.device.type == "cuda" else 1.0, 1.0)
+        known = sorted(
+            (rows, one.prefill_seconds + one.decode_seconds) for (other, rows), ones in history.items() if other == name for one in ones if one.length == length
+        )
+        pass_seconds = predict_seconds(known, size, powers) if known else 0.0
     seconds = pass_seconds * (settings.num_warmups + MIN_REPEATS)
     if seconds > settings.max_seconds:
         return f"would take about {format_seconds(seconds)}, more than {format_seconds(settings.max_seconds)}"
@@ -647,11 +657,11 @@ def _too_much(
 
 
 def predict_seconds(series: Sequence[tuple[int, float]], length: int, powers: tuple[float, float]) -> float:
-    """Seconds at a length from those at shorter ones: a power law through the last two, kept between two powers.
+    """Seconds at a length from those at shorter ones: a power law through the last two, kept between two powers. Batch sizes go as well.
 
     Args:
         series: [(length, seconds), ...] in order of length, at least one.
-        length: tokens.
+        length: tokens, or rows.
         powers: smallest and largest exponent; the smallest is taken when one point is all there is.
     """
     last_length, last_seconds = series[-1]
@@ -843,6 +853,49 @@ def crossover_words(rows: Sequence[Mapping[str, Any]], batch_size: int, measure:
         where = "at every measured length" if len(pairs) > 1 else f"at {since} tokens, the only length measured"
         return f"{what}: {who} is {better} {where} ({gains[since]:.2f} x at {since}{f', {at_end}' if longest != since else ''})."
     return f"{what}: {who} is {better} from {since} tokens on ({gains[since]:.2f} x there{f', {at_end}' if longest != since else ''})."
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def bench_markdown(result: Mapping[str, Any]) -> str:
+    """The section `Speed and memory` of a Markdown report: teacher / student in each cell, the largest batch, where the student wins, notes."""
+    rows = result["rows"]
+    names = [name for name in ("teacher", "student") if any(row["model"] == name for row in rows)]
+    found = {(row["batch_size"], row["length"], row["phase"], row["model"]): row for row in rows}
+
+    def pair(size: int, length: int, phase: str, key: str, text: Callable[[float], str]) -> str:
+        cells = [found.get((size, length, phase, name)) for name in names]
+        return " / ".join("-" if row is None or row.get(key) is None else text(row[key]) for row in cells)
+
+    what: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+        ("prefill, tokens/s", "prefill", "tokens_per_second", _rate),
+        ("first token", "prefill", "first_token_seconds", _latency),
+        ("decode, tokens/s", "decode", "tokens_per_second", _rate),
+        ("per token", "decode", "seconds_per_token", _latency),
+        ("peak memory, prefill", "prefill", "peak_memory_bytes", format_bytes),
+        ("peak memory, decode", "decode", "peak_memory_bytes", format_bytes),
+        ("cache", "decode", "cache_bytes", format_bytes),
+    )
+    shown = [column for column in what if any(row.get(column[2]) is not None for row in rows if row["phase"] == column[1])]
+    cells = [
+        [str(size), f"{length:,}", *(pair(size, length, phase, key, text) for _, phase, key, text in shown)]
+        for size, length in sorted({(row["batch_size"], row["length"]) for row in rows})
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in (result.get("versions") or {}).items())
+    facts = [str(result.get(key)) for key in ("device", "dtype") if result.get(key)] + [versions, str(result.get("date") or "")[:10]]
+    parts = [f"## Speed and memory\n\n{' / '.join(names).capitalize()}; {', '.join(facts[:2])}; {_spread_words(rows)}."]
+    parts.append(markdown_table(("batch", "tokens", *(column[0] for column in shown)), cells))
+    if result.get("largest_batch"):
+        largest = [
+            (row["model"], f"{row['length']:,}", str(row["batch_size"]), _rate(row["tokens_per_second"]), row.get("note") or "")
+            for row in result["largest_batch"]
+        ]
+        parts.append("Largest batch that decodes:\n\n" + markdown_table(("model", "tokens", "batch", "tokens/s", "why not more"), largest))
+    parts.append("\n".join(f"- {text}" for text in (*result.get("crossover_text", {}).values(), *result.get("notes", ()))))
+    made = f"`{result['command']}`; " if result.get("command") else ""
+    parts.append(f"{made}{'; '.join(text for text in facts[2:] if text)}.")
+    return "\n\n".join(part for part in parts if part)
 
 
 # ---------------------------------------------------------------- terminal

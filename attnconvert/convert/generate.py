@@ -104,7 +104,7 @@ def generate_text(
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Continue a prompt.
+    """Continue a prompt. On CUDA, a model whose layers are all converted decodes from a CUDA graph; one with kept softmax layers does not.
 
     Args:
         model: a causal LM in eval mode, converted or not, on any device.

@@ -153,7 +153,7 @@ def draw_report(directory: Path) -> list[Path]:
 
 
 def draw_bench(bench: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Plot a benchmark: `bench-decode.png`, `bench-prefill.png` (tokens per second) and `bench-cache.png` (bytes), against prompt length.
+    """Plot a benchmark against prompt length: `bench-decode.png`, `bench-prefill.png` (tokens per second), `bench-memory.png`, `bench-cache.png` (bytes).
 
     Bars show the smallest and the largest repeat. A dotted line marks the length from which the student is better (at the smallest batch
     size), a cross where a series ended for want of memory.
@@ -175,11 +175,12 @@ def draw_bench(bench: Mapping[str, Any], folder: Path) -> list[Path]:
     parts = (
         ("decode", "bench-decode.png", "Decoding speed", "tokens/s, all rows of the batch", "tokens_per_second", _count),
         ("prefill", "bench-prefill.png", "Prefill speed", "tokens/s", "tokens_per_second", _count),
+        ("memory", "bench-memory.png", "Peak memory of the prefill", "bytes, weights included", "peak_memory_bytes", _bytes),
         ("cache", "bench-cache.png", "Decode cache after the prompt", "bytes, all rows of the batch", "cache_bytes", _bytes),
     )
     paths = []
     for measure, name, title, y_label, key, label in parts:
-        phase = "prefill" if measure == "cache" else measure
+        phase = "decode" if measure == "decode" else "prefill"
         chosen = [row for row in rows if row["phase"] == phase and row.get(key)]
         if chosen:
             since = (bench.get("crossover") or {}).get(measure)
@@ -238,7 +239,7 @@ def _draw_lines(
     axes.set_ylim(low, high)
     axes.set_xlim(min(lengths) / 1.15, right)
     _log_axis(axes.xaxis, min(lengths) / 1.15, right, _tokens, binary=True)
-    _log_axis(axes.yaxis, low, high, label, binary=measure == "cache")
+    _log_axis(axes.yaxis, low, high, label, binary=measure in ("cache", "memory"))
     if since is not None:
         better = "smaller" if measure == "cache" else "faster"
         batch = f" (batch {sizes[0]})" if len(sizes) > 1 else ""

@@ -297,33 +297,46 @@ def write_report(report: EvalReport, conversion: Mapping[str, Any], directory: P
         raise AttnConvertError(
             "cannot-write", f"there is no folder '{directory}'", where=str(directory.parent), hint="Check that the folder exists and has space."
         )
+    kept = _kept(directory)
     document = {
         "schema_version": REPORT_SCHEMA_VERSION,
         "conversion": json_safe(conversion),
         "evaluation": report.to_dict(),
-        **_kept(directory / "report.json"),
+        **kept,
     }
     # Both texts exist before anything is written, so a value that is not JSON leaves no half of a report.
-    texts = {"report.json": json.dumps(document, indent=2, allow_nan=False) + "\n", "report.md": render_markdown(report, conversion)}
+    texts = {"report.json": json.dumps(document, indent=2, allow_nan=False) + "\n", "report.md": render_markdown(report, conversion, kept.get("bench"))}
     for name, text in texts.items():
         write_atomic(directory / name, text.encode())
     return directory / "report.json", directory / "report.md"
 
 
-def _kept(path: Path) -> dict[str, Any]:
-    """What an earlier report holds that measuring again does not replace: the speed measurements of the same model."""
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        return {"bench": before["bench"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def _kept(directory: Path) -> dict[str, Any]:
+    """What measuring the quality again does not replace: the speed measurements of the same model, from the report before or from `bench`."""
+    for name, pick in (("report.json", lambda data: data["bench"]), ("bench.json", lambda data: data)):
+        try:
+            return {"bench": pick(json.loads((directory / name).read_text(encoding="utf-8")))}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
 
 
 # ---------------------------------------------------------------- report.md
 
 
-def render_markdown(report: EvalReport, conversion: Mapping[str, Any]) -> str:
+def refresh_markdown(document: Mapping[str, Any], directory: Path) -> None:
+    """Write `report.md` again from the content of `report.json`, after something was added to it; a report of another version stays as it is."""
+    try:
+        text = render_markdown(EvalReport.from_dict(document["evaluation"]), document["conversion"], document.get("bench"))
+    except (ValueError, KeyError, TypeError):
+        return
+    write_atomic(directory / "report.md", text.encode())
+
+
+def render_markdown(report: EvalReport, conversion: Mapping[str, Any], bench: Mapping[str, Any] | None = None) -> str:
     """The text of `report.md`; parts without data are left out."""
+    from attnconvert.convert.bench import bench_markdown  # it imports this module
+
     base, recipe = conversion.get("base_model"), conversion.get("recipe_name")
     title = f"# {base}, converted" if base else "# Conversion report"
     sections = [
@@ -340,6 +353,7 @@ def render_markdown(report: EvalReport, conversion: Mapping[str, Any]) -> str:
         _tasks_section(report),
         _generation_section(report),
         _state_section(report),
+        bench_markdown(bench) if bench else "",
         _training_section(conversion),
         _use_section(conversion),
         _provenance_section(report, conversion),

@@ -37,19 +37,23 @@ FEATURE_FLOOR = 1e-12  # LoLCATs' clamp; keeps the denominator positive
 MAX_SHIFT = 40.0  # e^40 times the largest linear sum stays far below fp32's limit
 GATE_LIMIT = 12.0  # e^12: a gate can single out a key among 100 000, and the fp32 state cannot overflow
 PURE_TILE = 64  # tile size when there is no window
+LENGTH_COPIES = 16  # programs of one decode launch that may share a state head
 
 
 class LinearState(NamedTuple):
-    """Everything decode needs; constant size in T.
+    """Everything decode needs; constant size in T, and a decode step changes it in place.
+
+    Nothing that one program of a decode launch reads is written by another: the ring has one slot more than the window has keys, so the key of
+    this step never lands on one that is leaving the window; z has two slots used in turns; and every program counts tokens for itself.
 
     Attributes:
-        k: [B, G, P, D] the last P keys, right-aligned (P = 2C block, C sliding, 0 pure); rows shorter than P hold junk on the left.
-        v: [B, G, P, D].
+        k: [B, G, R, D] ring of keys, R = `ring_size`; the key at position p of the document is in slot p % R. Slots not yet used hold junk.
+        v: [B, G, R, D].
         sink_k: [B, G, A, D] keys of the document's first A tokens; junk beyond `length`.
         sink_v: [B, G, A, D].
         kv: [B, Gs, F, D] fp32, sum of phi(k) v^T over the linear set; Gs = G, or H with a key map per query head.
-        z: [B, Gs, F] fp32, sum of phi(k).
-        length: [B] int64, tokens of the current document seen so far (padding not counted).
+        z: [B, Gs, 2, F] fp32, sum of phi(k), in slot `normalizer_slot`; the other slot is junk.
+        lengths: [B, Gs, LENGTH_COPIES] int64, tokens of the current document seen so far (padding not counted), the same number in a whole row.
     """
 
     k: Tensor
@@ -58,7 +62,12 @@ class LinearState(NamedTuple):
     sink_v: Tensor
     kv: Tensor
     z: Tensor
-    length: Tensor
+    lengths: Tensor
+
+    @property
+    def length(self) -> Tensor:
+        """[B] int64, tokens of the current document seen so far."""
+        return self.lengths[:, 0, 0]
 
 
 class LinearOutput(NamedTuple):
@@ -121,13 +130,36 @@ def num_back_chunks(window_size: int, kind: str, aligned: bool) -> int:
     return 1 if kind == "sliding" or aligned else 2
 
 
+def ring_size(window_size: int, kind: str) -> int:
+    """R, slots of the key ring: what the window and the newest query can need, and one more."""
+    return 0 if window_size == 0 else num_back_chunks(window_size, kind, aligned=False) * window_size + 1
+
+
+def normalizer_slot(length: Tensor, window_size: int, kind: str) -> Tensor:
+    """Slot of `LinearState.z` that is valid after `length` tokens: it changes whenever keys leave the window. Same shape and dtype."""
+    left = torch.where(length > 0, window_start(length - 1, window_size, kind), 0)
+    return (left // window_size if kind == "block" and window_size else left) % 2
+
+
+def normalizer(state: LinearState, window_size: int, kind: str) -> Tensor:
+    """z, [B, Gs, F]."""
+    slot = normalizer_slot(state.length, window_size, kind)
+    return torch.where((slot == 0)[:, None, None], state.z[:, :, 0], state.z[:, :, 1])
+
+
+def last_keys(ring: Tensor, length: Tensor, num_keys: int) -> Tensor:
+    """The last `num_keys` of a ring [B, G, R, D] in order of position, right-aligned [B, G, num_keys, D]; junk on the left of rows that have fewer."""
+    slot = (length[:, None] + torch.arange(-num_keys, 0, device=ring.device)) % ring.shape[2]
+    return ring.gather(2, slot[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3]))
+
+
 def empty_state(q: Tensor, k: Tensor, *, num_sinks: int, window_size: int, kind: str, num_features: int, state_heads: int) -> LinearState:
     """The state before the first token. q, k: [B, T, H or G, D], for batch size, dtype and device only."""
     B, _, G, D = k.shape
-    ring = num_back_chunks(window_size, kind, aligned=False) * window_size
-    keys, sinks = k.new_zeros(B, G, ring, D), k.new_zeros(B, G, num_sinks, D)
+    keys, sinks = k.new_zeros(B, G, ring_size(window_size, kind), D), k.new_zeros(B, G, num_sinks, D)
     kv = k.new_zeros(B, state_heads, num_features, D, dtype=torch.promote_types(k.dtype, torch.float32))
-    return LinearState(keys, keys.clone(), sinks, sinks.clone(), kv, kv[..., 0].clone(), torch.zeros(B, dtype=torch.int64, device=k.device))
+    lengths = torch.zeros(B, state_heads, LENGTH_COPIES, dtype=torch.int64, device=k.device)
+    return LinearState(keys, keys.clone(), sinks, sinks.clone(), kv, kv.new_zeros(B, state_heads, 2, num_features), lengths)
 
 
 def _segmented_scan(delta: Tensor, keep: Tensor, first: Tensor) -> Tensor:
@@ -247,17 +279,16 @@ def _linear_attention(
 
     C = window_size or PURE_TILE
     nb = num_back_chunks(window_size, kind, aligned)
-    ring = 0 if state is None else state.k.shape[2]
     N = -(-T // C)
     P, pad = nb * C, N * C - T
 
     # keys with their prefix: index i counts from the first prefix key; queries sit at P .. P+T-1
     def with_prefix(x: Tensor, prefix: Tensor | None) -> Tensor:
         x = x.transpose(1, 2)
-        if prefix is None or ring == 0 or P == 0:
+        if state is None or prefix is None or P == 0:
             parts = [x.new_zeros(B, G, P, D), x]
         else:
-            parts = [prefix[:, :, ring - P :].to(x.dtype), x]
+            parts = [last_keys(prefix, state.length, P).to(x.dtype), x]
         return torch.cat([*parts, x.new_zeros(B, G, pad, D)], 2)
 
     keys, values = with_prefix(k, state.k if state else None), with_prefix(v, state.v if state else None)
@@ -345,7 +376,7 @@ def _linear_attention(
         keep = (chunk_last[:, :N, 0] < index[: N * C : C]).to(phi_k.dtype)
         delta_kv, delta_z = folded_k.transpose(-1, -2) @ chunk_v[:, :, :N], folded_k.sum(3)
         first_kv = delta_kv.new_zeros(B, Gs, phi_k.shape[-1], D) if state is None else state.kv
-        first_z = delta_z.new_zeros(B, Gs, phi_k.shape[-1]) if state is None else state.z
+        first_z = delta_z.new_zeros(B, Gs, phi_k.shape[-1]) if state is None else normalizer(state, window_size, kind)
         kv, z = _segmented_scan(delta_kv, keep, first_kv), _segmented_scan(delta_z, keep, first_z)
         phi_q_state = phi_q * per_row((start_rel < 0)[..., None])
         numerator = numerator + phi_q_state @ kv
@@ -387,31 +418,31 @@ def _final_state(
 
 
 def _next_state(state: LinearState, k: Tensor, v: Tensor, doc: Tensor, kv: Tensor | None, z: Tensor | None) -> LinearState:
-    """Shift the ring, refresh the sinks of the current document. k, v: [B, T, G, D]; doc: [B] start of the last token's document."""
-    B, T, G, D = k.shape
-    ring, A = state.k.shape[2], state.sink_k.shape[2]
+    """New ring and sinks of the current document. k, v: [B, T, G, D]; doc: [B] start of the last token's document; kv, z: [B, Gs, F, D], [B, Gs, F]."""
+    T = k.shape[1]
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     length = (T - doc).clamp_min(0)
+    num_slots = state.k.shape[2]
+    slot = torch.arange(num_slots, device=k.device)
+    newest = length[:, None] - 1
+    in_ring = newest - (newest - slot) % max(num_slots, 1)  # position each slot holds; below 0 in slots not yet used
 
-    def shift(old: Tensor, new: Tensor) -> Tensor:
-        return torch.cat([old, new.to(old.dtype)], 2)[:, :, T:] if ring else old
-
-    def sinks(old: Tensor, new: Tensor) -> Tensor:
-        if A == 0:
+    def refresh(old: Tensor, new: Tensor, position: Tensor) -> Tensor:
+        if position.shape[-1] == 0:
             return old
-        slot = torch.arange(A, device=k.device)
-        index = doc[:, None] + slot  # token of this call that is the document's slot-th; negative: seen before
-        source = torch.where(index < 0, slot, A + index.clamp(max=T - 1))
-        return torch.cat([old, new.to(old.dtype)], 2).gather(2, source[:, None, :, None].expand(B, G, A, D))
+        index = doc[:, None] + position  # token of this call; negative: seen before, and then it is in this slot already
+        found = new.gather(2, index.clamp(0, T - 1)[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3]))
+        return torch.where((index < 0)[:, None, :, None], old, found.to(old.dtype))
 
+    in_sinks = torch.arange(state.sink_k.shape[2], device=k.device).expand(k.shape[0], -1)
     return LinearState(
-        shift(state.k, k),
-        shift(state.v, v),
-        sinks(state.sink_k, k),
-        sinks(state.sink_v, v),
+        refresh(state.k, k, in_ring),
+        refresh(state.v, v, in_ring),
+        refresh(state.sink_k, k, in_sinks),
+        refresh(state.sink_v, v, in_sinks),
         state.kv if kv is None else kv,
-        state.z if z is None else z,
-        length,
+        state.z if z is None else torch.stack([z, z], 2),
+        length[:, None, None].expand_as(state.lengths).contiguous(),
     )
 
 

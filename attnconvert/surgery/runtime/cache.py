@@ -25,7 +25,8 @@ class StateView:
 class CoreCacheLayer(CacheLayerMixin):
     """Cache layer of one converted attention module.
 
-    `update()` sees no mask, so it only counts tokens; the core reads and replaces `state` (named tensors with batch first).
+    `update()` sees no mask, so it only counts tokens; the core owns `state` (named tensors with batch first). Calls with several tokens
+    replace its tensors; decode steps of a core with `static_decode`, and the reordering of beams, change them in place.
 
     Attributes:
         state: the core's tensors; empty before the first token.
@@ -71,7 +72,8 @@ class CoreCacheLayer(CacheLayerMixin):
         self.state, self.num_tokens, self.is_initialized = {}, 0, False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        for tensor in self.state.values():
+            tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda t: t.repeat_interleave(repeats, 0))

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ENTRY = "modeling_attnconvert"
-_IMPORT = re.compile(r"^from (attnconvert(?:\.\w+)+) import", re.MULTILINE)
+_IMPORT = re.compile(r"^([ \t]*)from (attnconvert(?:\.\w+)+) import", re.MULTILINE)  # also inside functions
 
 
 def flat_name(module: str) -> str:
@@ -64,6 +64,6 @@ def _flatten(methods: list[str]) -> dict[str, str]:
             )
             continue
         text = (root.parent / Path(*module.split("."))).with_suffix(".py").read_text()
-        todo += _IMPORT.findall(text)
-        files[name] = _IMPORT.sub(lambda m: f"from .{flat_name(m[1])} import", text)
+        todo += [m[2] for m in _IMPORT.finditer(text)]
+        files[name] = _IMPORT.sub(lambda m: f"{m[1]}from .{flat_name(m[2])} import", text)
     return files

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnconvert.kernels.linear.reference import (
-    LinearOutput,
-    LinearState,
-    attention_weight_loss,
-    branch_log_ratio,
-    linear_attention,
-)
+from attnconvert.kernels.linear.api import linear_attention
+from attnconvert.kernels.linear.decode import linear_attention_step
+from attnconvert.kernels.linear.reference import LinearState, attention_weight_loss, branch_log_ratio
 from attnconvert.surgery.runtime.seam import AttentionCore, SeamInputs
-
-
-@functools.lru_cache(maxsize=1)
-def _compiled_kernel() -> Callable[..., LinearOutput]:
-    """The operator, compiled once for all layers: weights are arguments, so 30 layers share one graph."""
-    return torch.compile(linear_attention, dynamic=False)
 
 
 class HedgehogAttention(AttentionCore):
@@ -33,6 +21,8 @@ class HedgehogAttention(AttentionCore):
     linear_log_weight [H, 1], the log weight of the linear branch against the softmax branch (LoLCATs' -log gamma);
     with gates query_gate [H, D + 1] and key_gate [G or H, D + 1], a direction u (zero at the start) and a power a (gate_power at the start).
     """
+
+    static_decode = True
 
     def __init__(
         self, num_heads: int, num_key_value_heads: int, head_dim: int, window: dict[str, Any], sinks: int, linear: bool, feature_dim: int | None, key_map: str, reference: str, gates: bool, gate_power: float,
@@ -67,8 +57,10 @@ class HedgehogAttention(AttentionCore):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> Tensor:
         layer = inputs.layer
         state = LinearState(**layer.state) if layer is not None and layer.state else None
-        kernel = _compiled_kernel() if self.compile_kernel else linear_attention
-        out, final = kernel(
+        if state is not None and q.shape[2] == 1 and not torch.is_grad_enabled():
+            step = linear_attention_step(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), state, **self._options(inputs.scaling), start=inputs.start)
+            return step.transpose(1, 2)
+        out, final = linear_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
@@ -77,6 +69,7 @@ class HedgehogAttention(AttentionCore):
             aligned=self.window_size in inputs.aligned_to,
             initial_state=state,
             output_final_state=layer is not None,
+            compile_reference=self.compile_kernel,
         )
         if layer is not None:
             assert final is not None

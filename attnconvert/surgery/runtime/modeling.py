@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from attnconvert.surgery.runtime.cache import CoreCacheLayer
 from attnconvert.surgery.runtime.cores import core_class
 from attnconvert.surgery.runtime.export import write_code
+from attnconvert.surgery.runtime.graph import DecodeGraph, graph_refusal, log_once
 from attnconvert.surgery.runtime.seam import IMPLEMENTATION, STARTS_KWARG, AttentionCore, Starts, document_starts
 
 MODEL_TYPE = "attnconvert"
@@ -177,6 +178,25 @@ class AttnConvertMixin:
             model_kwargs["past_key_values"] = self.build_cache()
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """Asked by transformers: whether decoding may use `get_compiled_call`: on CUDA, where a step can be captured in a CUDA graph."""
+        if self.device.type != "cuda":  # type: ignore[attr-defined]
+            return False
+        why = graph_refusal(self, model_kwargs.get("past_key_values"))
+        if generation_config.disable_compile:
+            why = "disable_compile is set"
+        elif generation_config.output_attentions or generation_config.output_hidden_states:
+            why = "outputs of every step are kept, and a graph writes them to one place"
+        if why is not None:
+            log_once(f"generate() runs without a CUDA graph: {why}")
+        return why is None
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """The forward pass, whose single-token steps are replayed from a CUDA graph. A new one for each call of generate(), since it belongs to one cache."""
+        if self.device.type != "cuda":  # type: ignore[attr-defined]
+            return super().get_compiled_call(compile_config)  # type: ignore[misc]
+        return DecodeGraph(self)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("the attention implementation of a converted model is fixed by its plan")

@@ -18,7 +18,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from attnconvert.surgery.runtime.cache import CoreCacheLayer, StateView
 
-IMPLEMENTATION = "attnconvert"
+# A checkpoint's copy of this file registers under its own name: its functions know its own classes only.
+IMPLEMENTATION = "attnconvert" if __name__.startswith("attnconvert.") else "attnconvert_" + __name__.replace(".", "_")
 STARTS_KWARG = "attnconvert_starts"
 MASKED_QUERY_CHUNK = 1024  # queries per softmax call when a mask is needed, so the mask is at most 1024 x T
 
@@ -148,7 +149,11 @@ class AttentionCore(nn.Module):
         tap: when set, the layer computes the teacher's attention y and calls `tap(core, q, k, v, inputs, y)` first.
         needs_calibration: `calibrate` sets something.
         compile_kernel: run the operator through torch.compile (training on CUDA).
+        static_decode: a decode step changes the tensors of its cache layer in place, allocates none for it and never waits for the
+            device, so it can be captured in a CUDA graph.
     """
+
+    static_decode = False
 
     def __init__(self) -> None:
         super().__init__()

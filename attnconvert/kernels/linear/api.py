@@ -1,0 +1,82 @@
+"""The operator's entry point: chooses between the PyTorch reference and the Triton kernels."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attnconvert.kernels.linear.reference import LinearOutput, LinearState
+from attnconvert.kernels.linear.reference import linear_attention as reference_linear_attention
+
+logger = logging.getLogger(__name__)
+Impl = Literal["auto", "reference", "triton"]
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+@functools.cache
+def _compiled_reference() -> Callable[..., LinearOutput]:
+    """The reference, compiled once for all layers: weights are arguments, so 30 layers share one graph."""
+    return torch.compile(reference_linear_attention, dynamic=False)
+
+
+def refusal(
+    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None, linear_log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, with_state: bool
+) -> str | None:  # fmt: skip
+    """Why the Triton kernels cannot take these inputs, or None. with_state: an initial state, or a final one is asked for."""
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    from attnconvert.kernels.linear.triton import refusal as kernel_refusal
+
+    inputs = (q, k, v, query_map, key_map, linear_log_weight, query_gate, key_gate)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return kernel_refusal(q, k, query_map=query_map, linear_log_weight=linear_log_weight, needs_grad=needs_grad, has_state=with_state)
+
+
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window_size: int, window_kind: str, num_sinks: int, scale: float, query_map: Tensor | None, key_map: Tensor | None, linear_log_weight: Tensor,
+    query_gate: Tensor | None = None, key_gate: Tensor | None = None, reference: str = "absolute", start: Tensor | None = None, aligned: bool = False,
+    initial_state: LinearState | None = None, output_final_state: bool = False, impl: Impl = "auto", compile_reference: bool = False,
+) -> LinearOutput:  # fmt: skip
+    """Softmax over window and sinks plus Hedgehog linear attention over the rest; see `reference.linear_attention` for the arguments.
+
+    Args:
+        impl: `reference` (PyTorch: any device, any dtype, gradients through states), `triton` (NVIDIA GPUs), or `auto`: triton for bf16 and fp16
+            on CUDA wherever it can, else the reference, with the reason logged once.
+        compile_reference: where it is the reference that runs, run it through torch.compile.
+
+    Raises:
+        ValueError: `triton` was asked for and cannot take these inputs; it never falls back.
+    """
+    why = None
+    if impl != "reference":
+        if impl == "auto" and not q.is_cuda:
+            why = f"the tensors are on {q.device.type}"
+        elif impl == "auto" and q.dtype not in (torch.bfloat16, torch.float16):
+            why = f"{q.dtype} inputs ask for exact products"
+        else:
+            why = refusal(q, k, v, query_map, key_map, linear_log_weight, query_gate, key_gate, initial_state is not None or output_final_state)
+        if impl == "triton" and why is not None:
+            raise ValueError(f"impl='triton' cannot run here: {why}; use impl='auto' or 'reference'")
+        if why is not None and q.is_cuda and not torch.compiler.is_compiling():
+            _log_once(f"linear attention runs in PyTorch, not in Triton: {why}")
+    if impl == "reference" or why is not None:
+        operator: Callable[..., LinearOutput] = _compiled_reference() if compile_reference else reference_linear_attention
+    else:
+        from attnconvert.kernels.linear.triton import triton_linear_attention
+
+        operator = triton_linear_attention
+    return operator(
+        q, k, v, window_size=window_size, window_kind=window_kind, num_sinks=num_sinks, scale=scale, query_map=query_map, key_map=key_map, linear_log_weight=linear_log_weight,
+        query_gate=query_gate, key_gate=key_gate, reference=reference, start=start, aligned=aligned, initial_state=initial_state, output_final_state=output_final_state,
+    )  # fmt: skip

@@ -1,0 +1,1384 @@
+"""Triton kernels of `linear_attention`: forward and backward, linear in T in time and memory, features never in HBM.
+
+The maths and the names are reference.py's; docs/kernels.md draws the passes. Geometry:
+
+* Tokens are cut into blocks of BN keys or BM queries. `states[j]` is the sum of phi(k) v^T over the keys before token j * CS that belong to
+  the document of token j * CS - 1 (`state_kernel`, serial inside a segment of the sequence, parallel over segments; `prefix_kernel`
+  carries the sums over segments, and who reads a state adds its segment's start).
+* `output_kernel` handles BM queries of a head: the state at x = the last multiple of CS before the first query's window, then the keys
+  from x on that are already linear (none for a block window of CS), then softmax over sinks and window.
+* Backward: `reverse_state_kernel` sums a phi(q) dy^T from the end, `query_grad_kernel` and `key_grad_kernel` are parallel over blocks,
+  `sink_grad_kernel` adds up what far queries send to a document's first keys, `map_grad_kernel` contracts over tokens. Every sum has
+  one owner and a fixed order: two runs are bit-equal.
+
+A pair (query n, key i) is handled exactly once: by the window loop of n's block if i >= its first key block, else by the sink block if i is a
+sink, else by the state or the linear loop. `key_grad_kernel` draws the same lines from the key's side.
+
+Inside, logits and log-sums are in units of log 2 (exp2 is the hardware's exponential).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:  # guarded: transformers refuses a checkpoint whose files import, unguarded, a package that is not there
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the Triton kernels of attnconvert need the package triton (Linux, NVIDIA GPU)") from error
+
+from attnconvert.kernels.linear.reference import (
+    FEATURE_FLOOR,
+    GATE_LIMIT,
+    LinearOutput,
+    LinearState,
+    _next_state,
+    empty_state,
+    feature_map,
+    last_keys,
+    normalizer,
+    num_back_chunks,
+    window_start,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+FLOOR = tl.constexpr(FEATURE_FLOOR)
+LIMIT = tl.constexpr(GATE_LIMIT)
+NEG = tl.constexpr(float("-inf"))
+# No row with a linear set comes near: its denominator holds at least two features' floor. Rows without one would overflow, and 0 * inf is NaN.
+MAX_LOG_FACTOR = tl.constexpr(100.0)
+
+
+@triton.jit
+def _window_start(n, start, C: tl.constexpr, BLOCK: tl.constexpr):
+    """reference.window_start, as an absolute key index; n, start: int32 tensors or scalars."""
+    if C == 0:
+        return n + 1
+    elif BLOCK:
+        return start + tl.maximum(((n - start) // C - 1) * C, 0)
+    else:
+        return start + tl.maximum(n - start - C + 1, 0)
+
+
+@triton.jit
+def _first_far(i, start, C: tl.constexpr, BLOCK: tl.constexpr):
+    """The first query that has key i outside its window: `_window_start` seen from the key. i, start: int32 scalars."""
+    if C == 0:
+        return i
+    elif BLOCK:
+        return start + (tl.maximum(i - start, 0) // C + 2) * C
+    else:
+        return i + C
+
+
+@triton.jit
+def _in_softmax(i, n, start, lo, A, BETWEEN: tl.constexpr):
+    """Which keys of a block at or after the first window are in the softmax branch; i, n, start, lo broadcast against each other.
+
+    Without keys between state and windows all queries of a block share one window, which starts where the block's keys do.
+    """
+    if BETWEEN:
+        return (i <= n) & (i >= start) & ((i >= lo) | (i < start + A))
+    else:
+        return i <= n
+
+
+@triton.jit
+def _tile(base, rows, stride, row_ok, cols, D: tl.constexpr, EVEN: tl.constexpr):
+    """[rows, cols] of a row-major matrix; rows outside row_ok and columns >= D read 0."""
+    if EVEN:
+        return tl.load(base + rows[:, None] * stride + cols[None, :], mask=row_ok[:, None], other=0.0)
+    else:
+        return tl.load(base + rows[:, None] * stride + cols[None, :], mask=row_ok[:, None] & (cols < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _map(W, of, od, F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """A head's map as [D, F], or transposed as [F, D]."""
+    if TRANSPOSED:
+        pointers = W + of[:, None] + od[None, :] * F
+        ok = (of < F)[:, None] & (od < D)[None, :]
+    else:
+        pointers = W + od[:, None] * F + of[None, :]
+        ok = (od < D)[:, None] & (of < F)[None, :]
+    if F == FP and D == DP:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=ok, other=0.0)
+
+
+@triton.jit
+def _feature(y, projected, power, keep, AXIS: tl.constexpr, F: tl.constexpr, EVEN: tl.constexpr, GATES: tl.constexpr):
+    """One half of phi: y = +-xW with features along AXIS; projected broadcasts against it; keep: features that exist."""
+    if not EVEN:
+        y = tl.where(keep, y, NEG)
+    largest = tl.max(y, AXIS, keep_dims=True)
+    e = tl.exp2((y - largest) * LOG2E)
+    total = tl.sum(e, AXIS, keep_dims=True)
+    if GATES:
+        gate = projected + power * (largest + (tl.log2(total) - tl.log2(tl.full([], F, tl.float32))) * LN2)
+        gate = tl.minimum(tl.maximum(gate, -LIMIT), LIMIT)
+        e = e * (tl.exp2(gate * LOG2E) / total)
+    else:
+        e = e * (1.0 / total)
+    e = tl.maximum(e, FLOOR)
+    if not EVEN:
+        e = tl.where(keep, e, 0.0)
+    return e
+
+
+@triton.jit
+def _feature_grad(y, grad, projected, power, keep, F: tl.constexpr, EVEN: tl.constexpr, GATES: tl.constexpr):
+    """Gradient of `_feature` along axis 1 -> (d y, d log feature [rows, 1], d gate, d power [rows, 1])."""
+    if not EVEN:
+        y = tl.where(keep, y, NEG)
+    largest = tl.max(y, 1, keep_dims=True)
+    share = tl.exp2((y - largest) * LOG2E)
+    total = tl.sum(share, 1, keep_dims=True)
+    share = share * (1.0 / total)
+    if GATES:
+        log_mean = largest + (tl.log2(total) - tl.log2(tl.full([], F, tl.float32))) * LN2
+        gate = projected + power * log_mean
+        inside = (gate >= -LIMIT) & (gate <= LIMIT)
+        feature = share * tl.exp2(tl.minimum(tl.maximum(gate, -LIMIT), LIMIT) * LOG2E)
+        grad = tl.where(feature >= FLOOR, grad, 0.0)
+        if not EVEN:
+            grad = tl.where(keep, grad, 0.0)
+        weighted = feature * grad
+        d_log = tl.sum(weighted, 1, keep_dims=True)
+        d_gate = tl.where(inside, d_log, 0.0)
+        return weighted + share * (power * d_gate - d_log), d_log, d_gate, d_gate * log_mean
+    else:
+        grad = tl.where(share >= FLOOR, grad, 0.0)
+        if not EVEN:
+            grad = tl.where(keep, grad, 0.0)
+        weighted = share * grad
+        d_log = tl.sum(weighted, 1, keep_dims=True)
+        return weighted - share * d_log, d_log, d_log, d_log
+
+
+@triton.jit
+def _projection(x, GATE, od, D: tl.constexpr, DP: tl.constexpr):
+    """x.u / sqrt(D) [rows] for a gate [D + 1] at GATE."""
+    direction = tl.load(GATE + od, mask=od < D, other=0.0)
+    return tl.sum(x.to(tl.float32) * direction[None, :], 1) * D**-0.5
+
+
+@triton.jit
+def _state_half(S, SEG, offset, seg_offset, use_seg, of, ov, F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLIT: tl.constexpr, TRANSPOSED: tl.constexpr, LT: tl.constexpr):  # fmt: skip
+    """One half [F, D] (or [D, F]) of a stored state plus its segment's start."""
+    if TRANSPOSED:
+        inner = of[None, :] * D + ov[:, None]
+        ok = (of < F)[None, :] & (ov < D)[:, None]
+        seg_ok = (of < tl.where(use_seg, F, 0))[None, :] & (ov < D)[:, None]
+    else:
+        inner = of[:, None] * D + ov[None, :]
+        ok = (of < F)[:, None] & (ov < D)[None, :]
+        seg_ok = (of < tl.where(use_seg, F, 0))[:, None] & (ov < D)[None, :]
+    if F == FP and D == DP:
+        state = tl.load(S + offset + inner)
+    else:
+        state = tl.load(S + offset + inner, mask=ok, other=0.0)
+    if SPLIT:
+        state = (state.to(tl.float32) + tl.load(SEG + seg_offset + inner, mask=seg_ok, other=0.0)).to(LT)
+    return state
+
+
+@triton.jit
+def _norm_half(Z, SEG, offset, seg_offset, use_seg, of, F: tl.constexpr, SPLIT: tl.constexpr):
+    """One half [F] of a stored normaliser plus its segment's start, fp32."""
+    norm = tl.load(Z + offset + of, mask=of < F, other=0.0)
+    if SPLIT:
+        norm += tl.load(SEG + seg_offset + of, mask=of < tl.where(use_seg, F, 0), other=0.0)
+    return norm
+
+
+@triton.jit
+def state_kernel(
+    K, V, WK, GK, START, FOLD, FINAL_CHUNK, S, Z, SEG, FINAL,
+    k_sb, k_st, k_sh, v_sb, v_st, v_sh, T, NUM_CHUNKS, SEG_CHUNKS, NUM_SEGS, GS, A,
+    D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, CS: tl.constexpr, BN: tl.constexpr,
+    GATES: tl.constexpr, HAS_START: tl.constexpr, HAS_FOLD: tl.constexpr, HAS_FINAL: tl.constexpr, LT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Sums of phi(k) v^T and phi(k) from a segment's start to each multiple of CS in it, and over the whole segment, for one half of phi."""
+    # the halves of one segment are neighbours, so the second reads keys and values from L2
+    half, seg, bg = tl.program_id(0) % 2, tl.program_id(0) // 2, tl.program_id(1)
+    b, g = (bg // GS).to(tl.int64), (bg % GS).to(tl.int64)
+    k_step, v_step = k_st.to(tl.int64), v_st.to(tl.int64)
+    od, of, on = tl.arange(0, DP), tl.arange(0, FP), tl.arange(0, BN)
+    ov = tl.program_id(2) * BV + tl.arange(0, BV)
+    EVEN_F: tl.constexpr = F == FP
+    EVEN_D: tl.constexpr = D == DP
+    keep_f = (of < F)[:, None]
+    sign = 1.0 - 2.0 * half
+    weight = _map(WK + g * D * F, of, od, F, FP, D, DP, True)
+    power = 0.0
+    if GATES:
+        power = tl.load(GK + g * (D + 1) + D)
+    state, norm = tl.zeros([FP, BV], tl.float32), tl.zeros([FP], tl.float32)
+    first_key = 0
+    if HAS_FOLD:
+        first_key = tl.load(FOLD + b).to(tl.int32)
+    final_chunk = 0
+    if HAS_FINAL:
+        final_chunk = tl.load(FINAL_CHUNK + b)
+    inner = of[:, None] * D + ov[None, :]
+    ok = (of < F)[:, None] & (ov < D)[None, :]
+    norm_end = tl.where(tl.program_id(2) == 0, F, 0)  # one program of the value columns writes the norms
+    base = bg.to(tl.int64) * NUM_CHUNKS
+    for chunk in range(seg * SEG_CHUNKS, tl.minimum((seg + 1) * SEG_CHUNKS, NUM_CHUNKS)):
+        at = (base + chunk) * 2 * F + half * F
+        tl.store(S + at * D + inner, state.to(LT), mask=ok)
+        tl.store(Z + at + of, norm, mask=of < norm_end)
+        if HAS_FINAL:  # the one state that leaves the call, unrounded
+            if chunk == final_chunk:
+                final = FINAL + bg.to(tl.int64) * (2 * F * D + 2 * F)
+                tl.store(final + half * F * D + inner, state, mask=ok)
+                tl.store(final + 2 * F * D + half * F + of, norm, mask=of < norm_end)
+        for part in tl.static_range(CS // BN):
+            t0 = chunk * CS + part * BN
+            row_ok = t0 + on < T
+            k = _tile(K + b * k_sb + g * k_sh + t0 * k_step, on, k_st, row_ok, od, D, EVEN_D)
+            v = _tile(V + b * v_sb + g * v_sh + t0 * v_step, on, v_st, row_ok, ov, D, EVEN_D)
+            low = tl.maximum(A, first_key)
+            if HAS_START:
+                last = tl.load(START + b * T + tl.minimum(t0 + BN, T) - 1)
+                low = tl.maximum(last + A, first_key)
+                same = tl.where(last < t0, 1.0, 0.0)  # a document that starts in this block starts from nothing
+                state *= same
+                norm *= same
+            projected = 0.0
+            if GATES:
+                projected = _projection(k, GK + g * (D + 1), od, D, DP)[None, :]
+            y = tl.dot(weight, tl.trans(k), input_precision=PREC) * sign
+            phi = tl.where((row_ok & (t0 + on >= low))[None, :], _feature(y, projected, power, keep_f, 0, F, EVEN_F, GATES), 0.0)
+            norm += tl.sum(phi, 1)
+            state = tl.dot(phi.to(LT), v.to(LT), state, input_precision=PREC)
+    total = SEG + (bg.to(tl.int64) * NUM_SEGS + seg) * (2 * F * D + 2 * F)
+    tl.store(total + half * F * D + inner, state, mask=ok)
+    tl.store(total + 2 * F * D + half * F + of, norm, mask=of < norm_end)
+
+
+@triton.jit
+def _segment_total(SEG, bg, step, NUM_SEGS, SIZE, index, REVERSE: tl.constexpr):
+    """Total of the step-th segment in scan order, 0 behind the last."""
+    seg = step
+    if REVERSE:
+        seg = NUM_SEGS - 1 - step
+    return tl.load(SEG + (bg * NUM_SEGS + seg) * SIZE + index, mask=index < tl.where(step < NUM_SEGS, SIZE, 0), other=0.0)
+
+
+@triton.jit
+def _advance(SEG, START, bg, b, step, carry, total, T, NUM_SEGS, SEG_TOKENS, SIZE, index, HAS_START: tl.constexpr, REVERSE: tl.constexpr):
+    """Stores what the step-th segment starts from and returns what the next one does."""
+    seg = step
+    if REVERSE:
+        seg = NUM_SEGS - 1 - step
+    tl.store(SEG + (bg * NUM_SEGS + seg) * SIZE + index, carry, mask=index < tl.where(step < NUM_SEGS, SIZE, 0))
+    if HAS_START:
+        first = tl.maximum(seg, 0) * SEG_TOKENS
+        after = first + SEG_TOKENS
+        if REVERSE:
+            # the documents at the segment's first token and at the next segment's must be one
+            keep = tl.load(START + b * T + tl.minimum(after, T - 1)) == tl.load(START + b * T + tl.minimum(first, T - 1))
+        else:
+            keep = tl.load(START + b * T + tl.minimum(after, T) - 1) < first
+        carry = tl.where(keep, carry, 0.0)
+    return carry + total
+
+
+@triton.jit
+def prefix_kernel(SEG, INITIAL, START, T, NUM_SEGS, SEG_TOKENS, SIZE, GS, HAS_START: tl.constexpr, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK_SIZE: tl.constexpr):  # fmt: skip
+    """Exclusive scan of the segments' totals, in place. SEG [B * GS, NUM_SEGS, SIZE], INITIAL [B * GS, SIZE]."""
+    bg = tl.program_id(0).to(tl.int64)
+    b = bg // GS
+    index = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    ok = index < SIZE
+    carry = tl.zeros([BLOCK_SIZE], tl.float32)
+    if HAS_INITIAL:
+        carry = tl.load(INITIAL + bg * SIZE + index, mask=ok, other=0.0)
+    for group in range(tl.cdiv(NUM_SEGS, 4)):
+        # four loads before the first store: one after the other they would wait for memory four times
+        total_0 = _segment_total(SEG, bg, group * 4, NUM_SEGS, SIZE, index, REVERSE)
+        total_1 = _segment_total(SEG, bg, group * 4 + 1, NUM_SEGS, SIZE, index, REVERSE)
+        total_2 = _segment_total(SEG, bg, group * 4 + 2, NUM_SEGS, SIZE, index, REVERSE)
+        total_3 = _segment_total(SEG, bg, group * 4 + 3, NUM_SEGS, SIZE, index, REVERSE)
+        carry = _advance(SEG, START, bg, b, group * 4, carry, total_0, T, NUM_SEGS, SEG_TOKENS, SIZE, index, HAS_START, REVERSE)
+        carry = _advance(SEG, START, bg, b, group * 4 + 1, carry, total_1, T, NUM_SEGS, SEG_TOKENS, SIZE, index, HAS_START, REVERSE)
+        carry = _advance(SEG, START, bg, b, group * 4 + 2, carry, total_2, T, NUM_SEGS, SEG_TOKENS, SIZE, index, HAS_START, REVERSE)
+        carry = _advance(SEG, START, bg, b, group * 4 + 3, carry, total_3, T, NUM_SEGS, SEG_TOKENS, SIZE, index, HAS_START, REVERSE)
+
+
+@triton.jit
+def output_kernel(
+    Q, K, V, O, LSE, ROW_MAX, ARG_MAX, WQ, WK, GQ, GK, LOG_WEIGHT, S, Z, SEG, START, FOLD,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, T, P, NUM_TILES, NUM_CHUNKS, SEG_CHUNKS, NUM_SEGS, GS, A, scale,
+    R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, CS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SB: tl.constexpr,
+    LINEAR: tl.constexpr, BETWEEN: tl.constexpr, GATES: tl.constexpr, WINDOW_MAX: tl.constexpr, HAS_START: tl.constexpr, HAS_FOLD: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr, LT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Outputs of BM queries of one head. Keys are indexed from 0, query n is key P + n; negative key indices hold the cached sinks."""
+    pid = tl.program_id(0)
+    # neighbours share keys and states: heads of a group first, then blocks of a head
+    bg = pid // (R * NUM_TILES)
+    tile = (pid // R) % NUM_TILES
+    b, g = (bg // GS).to(tl.int64), (bg % GS).to(tl.int64)
+    h = g * R + pid % R
+    od, of, om, on = tl.arange(0, DP), tl.arange(0, FP), tl.arange(0, BM), tl.arange(0, BN)
+    ov = tl.program_id(1) * BV + tl.arange(0, BV)
+    EVEN_F: tl.constexpr = F == FP
+    EVEN_D: tl.constexpr = D == DP
+    TK = T + P
+    t0 = tile * BM
+    n = P + t0 + om
+    row_ok = t0 + om < T
+    start, first_start = om * 0, t0 * 0
+    if HAS_START:
+        start = tl.load(START + b * TK + tl.minimum(n, TK - 1))
+        first_start = tl.load(START + b * TK + P + t0)
+    lo = _window_start(n, start, C, BLOCK)
+    first_lo = _window_start(P + t0, first_start, C, BLOCK)
+    k_soft = first_lo // BN * BN
+    k_end = tl.minimum(P + t0 + BM, TK)
+    scale2 = scale * LOG2E
+    q = _tile(Q + b * q_sb + h * q_sh + t0.to(tl.int64) * q_st, om, q_st, row_ok, od, D, EVEN_D)
+    K += b * k_sb + g * k_sh
+    V += b * v_sb + g * v_sh
+    k_step, v_step = k_st.to(tl.int64), v_st.to(tl.int64)
+
+    # softmax over sinks and window
+    largest, total = tl.full([BM], NEG, tl.float32), tl.zeros([BM], tl.float32)
+    arg = tl.zeros([BM], tl.int32)
+    acc = tl.zeros([BM, BV], tl.float32)
+    if SB > 0:
+        oa = tl.arange(0, SB)
+        index = first_start + oa
+        sink_ok = (oa < A) & (index < k_soft)
+        token = tl.where(index >= 0, index, oa - A)
+        sink_k = _tile(K, token, k_st, sink_ok, od, D, EVEN_D)
+        sink_v = _tile(V, token, v_st, sink_ok, ov, D, EVEN_D)
+        sink_s = tl.dot(q, tl.trans(sink_k), input_precision=PREC) * scale2
+        sink_s = tl.where(sink_ok[None, :] & (start == first_start)[:, None], sink_s, NEG)
+        largest = tl.max(sink_s, 1)
+        if WINDOW_MAX:
+            arg = first_start + tl.argmax(sink_s, 1)
+        sink_s = tl.exp2(sink_s - tl.where(largest == NEG, 0.0, largest)[:, None])
+        total = tl.sum(sink_s, 1)
+        acc = tl.dot(sink_s.to(sink_v.dtype), sink_v, acc, input_precision=PREC)
+    for block in range(k_soft // BN, tl.cdiv(k_end, BN)):
+        i = block * BN + on
+        key_ok = i < TK
+        k = _tile(K + block * BN * k_step, on, k_st, key_ok, od, D, EVEN_D)
+        v = _tile(V + block * BN * v_step, on, v_st, key_ok, ov, D, EVEN_D)
+        s = tl.dot(q, tl.trans(k), input_precision=PREC) * scale2
+        soft = _in_softmax(i[None, :], n[:, None], start[:, None], lo[:, None], A, BETWEEN)
+        s = tl.where(soft, s, NEG)
+        block_max = tl.max(s, 1)
+        if WINDOW_MAX:
+            arg = tl.where(block_max > largest, block * BN + tl.argmax(s, 1), arg)
+        new = tl.maximum(largest, block_max)
+        safe = tl.where(new == NEG, 0.0, new)
+        p = tl.exp2(s - safe[:, None])
+        decay = tl.exp2(largest - safe)
+        total = total * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PREC)
+        largest = new
+
+    if LINEAR:
+        # phi(q) against the state, then against the keys between the state and the windows
+        weight = _map(WQ + h * D * F, of, od, F, FP, D, DP, False)
+        y = tl.dot(q, weight, input_precision=PREC)
+        projected, power, key_power = 0.0, 0.0, 0.0
+        if GATES:
+            projected = _projection(q, GQ + h * (D + 1), od, D, DP)[:, None]
+            power = tl.load(GQ + h * (D + 1) + D)
+            key_power = tl.load(GK + g * (D + 1) + D)
+        keep_f = (of < F)[None, :]
+        x = first_lo // CS * CS
+        carried = (start == first_start) & (first_start < x)
+        chunk = tl.minimum(x // CS, NUM_CHUNKS - 1)
+        at = (bg.to(tl.int64) * NUM_CHUNKS + chunk) * 2 * F
+        seg = chunk // SEG_CHUNKS
+        use_seg = first_start < seg * SEG_CHUNKS * CS
+        seg_at = (bg.to(tl.int64) * NUM_SEGS + seg) * (2 * F * D + 2 * F)
+        here = tl.where(carried, 1.0, 0.0)
+        low = start + A
+        if HAS_FOLD:
+            low = tl.maximum(low, tl.load(FOLD + b).to(tl.int32))
+        hi = tl.minimum(tl.max(tl.where(row_ok, lo, 0), 0), k_end)
+        mass = tl.zeros([BM], tl.float32)
+        far = tl.zeros([BM, BV], tl.float32)
+        for half in tl.static_range(2):
+            phi = _feature(y * (1 - 2 * half), projected, power, keep_f, 1, F, EVEN_F, GATES)
+            norm = _norm_half(Z, SEG, at + half * F, seg_at + 2 * F * D + half * F, use_seg, of, F, SPLIT)
+            mass += here * tl.sum(phi * norm[None, :], 1)
+            state = _state_half(S, SEG, (at + half * F) * D, seg_at + half * F * D, use_seg, of, ov, F, FP, D, DP, SPLIT, False, LT)
+            far = tl.dot((phi * here[:, None]).to(LT), state, far, input_precision=PREC)
+            if BETWEEN:
+                for block in range(x // BN, tl.cdiv(hi, BN)):
+                    i = block * BN + on
+                    key_ok = i < TK
+                    k = _tile(K + block * BN * k_step, on, k_st, key_ok, od, D, EVEN_D)
+                    v = _tile(V + block * BN * v_step, on, v_st, key_ok, ov, D, EVEN_D)
+                    y_k = tl.dot(_map(WK + g * D * F, of, od, F, FP, D, DP, True), tl.trans(k), input_precision=PREC)
+                    projected_k = 0.0
+                    if GATES:
+                        projected_k = _projection(k, GK + g * (D + 1), od, D, DP)[None, :]
+                    r = tl.dot(
+                        phi.to(LT), _feature(y_k * (1 - 2 * half), projected_k, key_power, (of < F)[:, None], 0, F, EVEN_F, GATES).to(LT), input_precision=PREC
+                    )
+                    linear = (i[None, :] <= n[:, None]) & (i[None, :] >= low[:, None]) & (i[None, :] < lo[:, None]) & key_ok[None, :]
+                    r = tl.where(linear, r, 0.0)
+                    mass += tl.sum(r, 1)
+                    far = tl.dot(r.to(LT), v.to(LT), far, input_precision=PREC)
+        # the branches meet like two softmax blocks; window_max weighs the linear one against the window's largest logit
+        shift = tl.load(LOG_WEIGHT + h) * LOG2E
+        safe = tl.where(largest == NEG, 0.0, largest)
+        shift = shift + tl.zeros([BM], tl.float32)
+        if WINDOW_MAX:
+            shift += safe
+        linear_max = tl.where(mass > 0.0, shift + tl.log2(tl.where(mass > 0.0, mass, 1.0)), NEG)
+        top = tl.maximum(largest, linear_max)
+        top = tl.where(top == NEG, 0.0, top)
+        soft_scale, linear_scale = tl.exp2(largest - top), tl.where(mass > 0.0, tl.exp2(shift - top), 0.0)
+        acc = acc * soft_scale[:, None] + far * linear_scale[:, None]
+        total = total * soft_scale + mass * linear_scale
+        largest_out = safe
+        largest = top
+    else:
+        largest = tl.where(largest == NEG, 0.0, largest)
+        largest_out = largest
+    seen = total > 0.0
+    total = tl.where(seen, total, 1.0)
+    acc = tl.where(seen[:, None], acc / total[:, None], 0.0)
+    # out is [B, T, H, D], contiguous
+    H = GS * R
+    out = O + ((b * T + t0) * H + h) * D + om[:, None] * (H * D) + ov[None, :]
+    tl.store(out, acc.to(O.dtype.element_ty), mask=row_ok[:, None] & (ov < D)[None, :])
+    if SAVE and tl.program_id(1) == 0:
+        row = (b * H + h) * T + t0 + om
+        # a row that sees nothing gets +inf, so that every weight recomputed from it is 0
+        tl.store(LSE + row, tl.where(seen, largest + tl.log2(total), float("inf")), mask=row_ok)
+        if WINDOW_MAX:
+            tl.store(ROW_MAX + row, largest_out, mask=row_ok)
+            tl.store(ARG_MAX + row, arg, mask=row_ok)
+
+
+@triton.jit
+def delta_kernel(O, DO, DELTA, do_sb, do_st, do_sh, T, H, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr):
+    """DELTA [B, H, T] = dy.y, fp32."""
+    tile, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    od, om = tl.arange(0, DP), tl.arange(0, BM)
+    t0 = tile * BM
+    row_ok = t0 + om < T
+    EVEN_D: tl.constexpr = D == DP
+    out = _tile(O + (b * T + t0) * (H * D) + h * D, om, H * D, row_ok, od, D, EVEN_D)
+    dy = _tile(DO + b * do_sb + h * do_sh + t0.to(tl.int64) * do_st, om, do_st, row_ok, od, D, EVEN_D)
+    tl.store(DELTA + (b * H + h) * T + t0 + om, tl.sum(dy.to(tl.float32) * out.to(tl.float32), 1), mask=row_ok)
+
+
+@triton.jit
+def reverse_state_kernel(
+    Q, DO, LSE, ROW_MAX, DELTA, WQ, GQ, LOG_WEIGHT, START, S, Z, SEG,
+    q_sb, q_st, q_sh, do_sb, do_st, do_sh, T, NUM_CHUNKS, SEG_CHUNKS, NUM_SEGS, GS,
+    R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, CS: tl.constexpr, BM: tl.constexpr,
+    GATES: tl.constexpr, WINDOW_MAX: tl.constexpr, HAS_START: tl.constexpr, LT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Sums of a phi(q) dy^T and a (dy.y) phi(q) from each multiple of CS to its segment's end, over a KV head's queries, for one half of phi.
+
+    a = e^(log weight + reference) / denominator. The sums at token y are those of the document of token y.
+    """
+    half, seg, bg = tl.program_id(0) % 2, tl.program_id(0) // 2, tl.program_id(1)
+    b, g = (bg // GS).to(tl.int64), (bg % GS).to(tl.int64)
+    H = GS * R
+    od, of, om = tl.arange(0, DP), tl.arange(0, FP), tl.arange(0, BM)
+    ov = tl.program_id(2) * BV + tl.arange(0, BV)
+    q_step, do_step = q_st.to(tl.int64), do_st.to(tl.int64)
+    EVEN_F: tl.constexpr = F == FP
+    EVEN_D: tl.constexpr = D == DP
+    PARTS: tl.constexpr = CS // BM
+    keep_f = (of < F)[:, None]
+    sign = 1.0 - 2.0 * half
+    state, norm = tl.zeros([FP, BV], tl.float32), tl.zeros([FP], tl.float32)
+    norm_end = tl.where(tl.program_id(2) == 0, F, 0)  # one program of the value columns writes the norms
+    inner = of[:, None] * D + ov[None, :]
+    ok = (of < F)[:, None] & (ov < D)[None, :]
+    base = bg.to(tl.int64) * NUM_CHUNKS
+    first_block = seg * SEG_CHUNKS * PARTS
+    last_block = tl.minimum((seg + 1) * SEG_CHUNKS, NUM_CHUNKS) * PARTS - 1
+    for step in range((last_block - first_block + 1) * R):
+        block = last_block - step // R
+        h = g * R + step % R
+        t0 = block * BM
+        n = t0 + om
+        row_ok = n < T
+        real = row_ok
+        if HAS_START:
+            start = tl.load(START + b * T + tl.minimum(n, T - 1))
+            document = tl.load(START + b * T + tl.minimum(t0, T - 1))
+            after = tl.load(START + b * T + tl.minimum(t0 + BM, T - 1))
+            real = row_ok & (start == document) & (start <= n)
+            same = tl.where((after == document) | (step % R > 0), 1.0, 0.0)  # the first head of a block forgets a later document
+            state *= same
+            norm *= same
+        row = (b * H + h) * T + n
+        q = _tile(Q + b * q_sb + h * q_sh + t0 * q_step, om, q_st, row_ok, od, D, EVEN_D)
+        dy = _tile(DO + b * do_sb + h * do_sh + t0 * do_step, om, do_st, row_ok, ov, D, EVEN_D)
+        delta = tl.load(DELTA + row, mask=row_ok, other=0.0)
+        shift = tl.load(LOG_WEIGHT + h) * LOG2E - tl.load(LSE + row, mask=row_ok, other=float("inf"))
+        if WINDOW_MAX:
+            shift += tl.load(ROW_MAX + row, mask=row_ok, other=0.0)
+        factor = tl.where(real, tl.exp2(tl.minimum(shift, MAX_LOG_FACTOR)), 0.0)
+        projected, power = 0.0, 0.0
+        if GATES:
+            projected = _projection(q, GQ + h * (D + 1), od, D, DP)[None, :]
+            power = tl.load(GQ + h * (D + 1) + D)
+        y = tl.dot(_map(WQ + h * D * F, of, od, F, FP, D, DP, True), tl.trans(q), input_precision=PREC) * sign
+        phi = _feature(y, projected, power, keep_f, 0, F, EVEN_F, GATES) * factor[None, :]
+        norm += tl.sum(phi * delta[None, :], 1)
+        state = tl.dot(phi.to(LT), dy.to(LT), state, input_precision=PREC)
+        if (step % R == R - 1) & (block % PARTS == 0):
+            at = (base + block // PARTS) * 2 * F + half * F
+            tl.store(S + at * D + inner, state.to(LT), mask=ok)
+            tl.store(Z + at + of, norm, mask=of < norm_end)
+    total = SEG + (bg.to(tl.int64) * NUM_SEGS + seg) * (2 * F * D + 2 * F)
+    tl.store(total + half * F * D + inner, state, mask=ok)
+    tl.store(total + 2 * F * D + half * F + of, norm, mask=of < norm_end)
+
+
+@triton.jit
+def query_grad_kernel(
+    Q, K, V, DO, LSE, ROW_MAX, ARG_MAX, DELTA, PATH, WQ, WK, GQ, GK, LOG_WEIGHT, S, Z, SEG, START, DQ, DY, DGATE, DPOWER, DLOG, DSINK,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh, T, NUM_TILES, NUM_CHUNKS, SEG_CHUNKS, NUM_SEGS, GS, A, scale,
+    R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, CS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SB: tl.constexpr,
+    LINEAR: tl.constexpr, BETWEEN: tl.constexpr, GATES: tl.constexpr, WINDOW_MAX: tl.constexpr, HAS_START: tl.constexpr, SPLIT: tl.constexpr, LT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Gradients on the queries' side for BM queries of one head.
+
+    Writes DQ [B, T, H, D]; DY [B, H, T, F] of xW; DGATE [B, H, T] of x.u / sqrt(D); per block DPOWER, DLOG [B, H, NUM_TILES] and DSINK
+    [B, H, NUM_TILES, 2, A, D], the part of dk and dv of the sinks before the block's window; PATH [B, H, T], what the row maximum receives.
+    """
+    pid = tl.program_id(0)
+    bg = pid // (R * NUM_TILES)
+    tile = (pid // R) % NUM_TILES
+    b, g = (bg // GS).to(tl.int64), (bg % GS).to(tl.int64)
+    h = g * R + pid % R
+    H = GS * R
+    od, of, om, on = tl.arange(0, DP), tl.arange(0, FP), tl.arange(0, BM), tl.arange(0, BN)
+    EVEN_F: tl.constexpr = F == FP
+    EVEN_D: tl.constexpr = D == DP
+    t0 = tile * BM
+    n = t0 + om
+    row_ok = n < T
+    start, first_start = om * 0, t0 * 0
+    if HAS_START:
+        start = tl.load(START + b * T + tl.minimum(n, T - 1))
+        first_start = tl.load(START + b * T + t0)
+    lo = _window_start(n, start, C, BLOCK)
+    first_lo = _window_start(t0, first_start, C, BLOCK)
+    k_soft = first_lo // BN * BN
+    k_end = tl.minimum(t0 + BM, T)
+    scale2 = scale * LOG2E
+    q = _tile(Q + b * q_sb + h * q_sh + t0.to(tl.int64) * q_st, om, q_st, row_ok, od, D, EVEN_D)
+    dy = _tile(DO + b * do_sb + h * do_sh + t0.to(tl.int64) * do_st, om, do_st, row_ok, od, D, EVEN_D)
+    K += b * k_sb + g * k_sh
+    V += b * v_sb + g * v_sh
+    k_step, v_step = k_st.to(tl.int64), v_st.to(tl.int64)
+    row = (b * H + h) * T + n
+    lse = tl.load(LSE + row, mask=row_ok, other=float("inf"))
+    delta = tl.load(DELTA + row, mask=row_ok, other=0.0)
+    dq = tl.zeros([BM, DP], tl.float32)
+    path = tl.zeros([BM], tl.float32)
+
+    if LINEAR:
+        shift = tl.load(LOG_WEIGHT + h) * LOG2E - lse
+        if WINDOW_MAX:
+            shift += tl.load(ROW_MAX + row, mask=row_ok, other=0.0)
+        factor = tl.exp2(tl.minimum(shift, MAX_LOG_FACTOR))
+        x = first_lo // CS * CS
+        carried = (start == first_start) & (first_start < x)
+        chunk = tl.minimum(x // CS, NUM_CHUNKS - 1)
+        at = (bg.to(tl.int64) * NUM_CHUNKS + chunk) * 2 * F
+        seg = chunk // SEG_CHUNKS
+        use_seg = first_start < seg * SEG_CHUNKS * CS
+        seg_at = (bg.to(tl.int64) * NUM_SEGS + seg) * (2 * F * D + 2 * F)
+        here = tl.where(carried, factor, 0.0)
+        hi = tl.minimum(tl.max(tl.where(row_ok, lo, 0), 0), k_end)
+        weight = _map(WQ + h * D * F, of, od, F, FP, D, DP, False)
+        y = tl.dot(q, weight, input_precision=PREC)
+        projected, power, key_power = 0.0, 0.0, 0.0
+        if GATES:
+            projected = _projection(q, GQ + h * (D + 1), od, D, DP)[:, None]
+            power = tl.load(GQ + h * (D + 1) + D)
+            key_power = tl.load(GK + g * (D + 1) + D)
+        keep_f = (of < F)[None, :]
+        d_y = tl.zeros([BM, FP], tl.float32)
+        d_gate, d_power = tl.zeros([BM, 1], tl.float32), tl.zeros([BM, 1], tl.float32)
+        for half in tl.static_range(2):
+            state = _state_half(S, SEG, (at + half * F) * D, seg_at + half * F * D, use_seg, of, od, F, FP, D, DP, SPLIT, True, LT)
+            norm = _norm_half(Z, SEG, at + half * F, seg_at + 2 * F * D + half * F, use_seg, of, F, SPLIT)
+            grad = (tl.dot(dy.to(LT), state, input_precision=PREC) - delta[:, None] * norm[None, :]) * here[:, None]
+            if BETWEEN:
+                for block in range(x // BN, tl.cdiv(hi, BN)):
+                    i = block * BN + on
+                    key_ok = i < T
+                    k = _tile(K + block * BN * k_step, on, k_st, key_ok, od, D, EVEN_D)
+                    v = _tile(V + block * BN * v_step, on, v_st, key_ok, od, D, EVEN_D)
+                    y_k = tl.dot(k, _map(WK + g * D * F, of, od, F, FP, D, DP, False), input_precision=PREC)
+                    projected_k = 0.0
+                    if GATES:
+                        projected_k = _projection(k, GK + g * (D + 1), od, D, DP)[:, None]
+                    linear = (i[None, :] <= n[:, None]) & (i[None, :] >= start[:, None] + A) & (i[None, :] < lo[:, None]) & key_ok[None, :]
+                    t = tl.dot(dy, tl.trans(v), input_precision=PREC) - delta[:, None]
+                    t = tl.where(linear, t * factor[:, None], 0.0).to(LT)
+                    grad = tl.dot(t, _feature(y_k * (1 - 2 * half), projected_k, key_power, keep_f, 1, F, EVEN_F, GATES).to(LT), grad, input_precision=PREC)
+            d_half, d_log, d_gate_half, d_power_half = _feature_grad(y * (1 - 2 * half), grad, projected, power, keep_f, F, EVEN_F, GATES)
+            d_y += d_half * (1 - 2 * half)
+            path += tl.sum(d_log, 1)  # = sum of phi * grad: what all linear weights of the row receive
+            d_gate += d_gate_half
+            d_power += d_power_half
+        d_y = d_y.to(DY.dtype.element_ty)
+        tl.store(DY + row[:, None] * F + of[None, :], d_y, mask=row_ok[:, None] & keep_f)
+        dq = tl.dot(d_y.to(q.dtype), _map(WQ + h * D * F, of, od, F, FP, D, DP, True), dq, input_precision=PREC)
+        if GATES:
+            gate = tl.sum(d_gate, 1) * D**-0.5
+            dq += gate[:, None] * tl.load(GQ + h * (D + 1) + od, mask=od < D, other=0.0)[None, :]
+            tl.store(DGATE + row, gate, mask=row_ok)
+            tl.store(DPOWER + (b * H + h) * NUM_TILES + tile, tl.sum(tl.where(row_ok, tl.sum(d_power, 1), 0.0), 0))
+        tl.store(DLOG + (b * H + h) * NUM_TILES + tile, tl.sum(tl.where(row_ok, path, 0.0), 0))
+        if WINDOW_MAX:
+            tl.store(PATH + row, path, mask=row_ok)
+    arg = om * 0 - 1
+    if WINDOW_MAX:
+        arg = tl.load(ARG_MAX + row, mask=row_ok, other=-1)
+
+    dq_soft = tl.zeros([BM, DP], tl.float32)
+    if SB > 0:
+        oa = tl.arange(0, SB)
+        index = first_start + oa
+        sink_ok = (oa < A) & (index < k_soft)
+        sink_k = _tile(K, index, k_st, sink_ok, od, D, EVEN_D)
+        sink_v = _tile(V, index, v_st, sink_ok, od, D, EVEN_D)
+        sink_seen = sink_ok[None, :] & (start == first_start)[:, None] & row_ok[:, None]
+        sink_p = tl.where(sink_seen, tl.exp2(tl.dot(q, tl.trans(sink_k), input_precision=PREC) * scale2 - lse[:, None]), 0.0)
+        sink_ds = sink_p * (tl.dot(dy, tl.trans(sink_v), input_precision=PREC) - delta[:, None])
+        if WINDOW_MAX:
+            sink_ds += tl.where(sink_seen & (index[None, :] == arg[:, None]), path[:, None], 0.0)
+        dq_soft = tl.dot(sink_ds.to(sink_k.dtype), sink_k, dq_soft, input_precision=PREC)
+        # the same with keys as rows, for dk and dv
+        turned_seen = sink_ok[:, None] & (start == first_start)[None, :] & row_ok[None, :]
+        turned_p = tl.where(turned_seen, tl.exp2(tl.dot(sink_k, tl.trans(q), input_precision=PREC) * scale2 - lse[None, :]), 0.0)
+        turned_ds = turned_p * (tl.dot(sink_v, tl.trans(dy), input_precision=PREC) - delta[None, :])
+        if WINDOW_MAX:
+            turned_ds += tl.where(turned_seen & (index[:, None] == arg[None, :]), path[None, :], 0.0)
+        sink = DSINK + ((b * H + h) * NUM_TILES + tile) * 2 * A * D + oa[:, None] * D + od[None, :]
+        sink_store = (oa < A)[:, None] & (od < D)[None, :]
+        tl.store(sink, tl.dot(turned_ds.to(q.dtype), q, input_precision=PREC) * scale, mask=sink_store)
+        tl.store(sink + A * D, tl.dot(turned_p.to(dy.dtype), dy, input_precision=PREC), mask=sink_store)
+    for block in range(k_soft // BN, tl.cdiv(k_end, BN)):
+        i = block * BN + on
+        key_ok = i < T
+        k = _tile(K + block * BN * k_step, on, k_st, key_ok, od, D, EVEN_D)
+        v = _tile(V + block * BN * v_step, on, v_st, key_ok, od, D, EVEN_D)
+        soft = _in_softmax(i[None, :], n[:, None], start[:, None], lo[:, None], A, BETWEEN)
+        p = tl.where(soft, tl.exp2(tl.dot(q, tl.trans(k), input_precision=PREC) * scale2 - lse[:, None]), 0.0)
+        ds = p * (tl.dot(dy, tl.trans(v), input_precision=PREC) - delta[:, None])
+        if WINDOW_MAX:
+            ds += tl.where(soft & (i[None, :] == arg[:, None]), path[:, None], 0.0)
+        dq_soft = tl.dot(ds.to(k.dtype), k, dq_soft, input_precision=PREC)
+    dq += dq_soft * scale
+    out = DQ + (b * T + t0) * (H * D) + h * D + om[:, None] * (H * D) + od[None, :]
+    tl.store(out, dq.to(DQ.dtype.element_ty), mask=row_ok[:, None] & (od < D)[None, :])
+
+
+@triton.jit
+def key_grad_kernel(
+    Q, K, V, DO, LSE, ROW_MAX, ARG_MAX, DELTA, PATH, WQ, WK, GQ, GK, LOG_WEIGHT, S, Z, SEG, START, DK, DV, DY, DGATE, DPOWER,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh, T, NUM_TILES, NUM_CHUNKS, SEG_CHUNKS, NUM_SEGS, GS, A, scale,
+    R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, CS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    LINEAR: tl.constexpr, BETWEEN: tl.constexpr, GATES: tl.constexpr, WINDOW_MAX: tl.constexpr, HAS_START: tl.constexpr, SPLIT: tl.constexpr, LT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Gradients on the keys' side for BN keys of one KV head: DK, DV [B, T, GS, D], DY [B, GS, T, F], DGATE [B, GS, T], DPOWER [B, GS, NUM_TILES]."""
+    tile, bg = tl.program_id(0), tl.program_id(1)
+    b, g = (bg // GS).to(tl.int64), (bg % GS).to(tl.int64)
+    H = GS * R
+    od, of, om, on = tl.arange(0, DP), tl.arange(0, FP), tl.arange(0, BM), tl.arange(0, BN)
+    EVEN_F: tl.constexpr = F == FP
+    EVEN_D: tl.constexpr = D == DP
+    k0 = tile * BN
+    i = k0 + on
+    key_ok = i < T
+    last_key = tl.minimum(k0 + BN, T) - 1
+    first_start, last_start = k0 * 0, k0 * 0
+    if HAS_START:
+        first_start = tl.load(START + b * T + k0)
+        last_start = tl.load(START + b * T + last_key)
+    # from here on every query of the last key's document has all keys of that document in this block out of its window
+    far_at = tl.cdiv(_first_far(last_key, last_start, C, BLOCK), CS) * CS
+    k = _tile(K + b * k_sb + g * k_sh + k0.to(tl.int64) * k_st, on, k_st, key_ok, od, D, EVEN_D)
+    v = _tile(V + b * v_sb + g * v_sh + k0.to(tl.int64) * v_st, on, v_st, key_ok, od, D, EVEN_D)
+    q_step, do_step = q_st.to(tl.int64), do_st.to(tl.int64)
+    scale2 = scale * LOG2E
+    dk, dv = tl.zeros([BN, DP], tl.float32), tl.zeros([BN, DP], tl.float32)
+    keep_f = (of < F)[None, :]
+    projected, power = 0.0, 0.0
+    if LINEAR:
+        weight = _map(WK + g * D * F, of, od, F, FP, D, DP, False)
+        y = tl.dot(k, weight, input_precision=PREC)
+        if GATES:
+            projected = _projection(k, GK + g * (D + 1), od, D, DP)[:, None]
+            power = tl.load(GK + g * (D + 1) + D)
+        chunk = tl.minimum(far_at // CS, NUM_CHUNKS - 1)
+        document = k0 * 0
+        if HAS_START:
+            document = tl.load(START + b * T + tl.minimum(far_at, T - 1))
+        reached = tl.where((far_at < T) & (i >= document + A) & key_ok, 1.0, 0.0)
+        at = (bg.to(tl.int64) * NUM_CHUNKS + chunk) * 2 * F
+        seg = chunk // SEG_CHUNKS
+        seg_end = (seg + 1) * SEG_CHUNKS * CS
+        use_seg = seg_end < T
+        if HAS_START:
+            use_seg = use_seg & (tl.load(START + b * T + tl.minimum(seg_end, T - 1)) == document)
+        seg_at = (bg.to(tl.int64) * NUM_SEGS + seg) * (2 * F * D + 2 * F)
+        d_y = tl.zeros([BN, FP], tl.float32)
+        d_gate, d_power = tl.zeros([BN, 1], tl.float32), tl.zeros([BN, 1], tl.float32)
+        # queries between the windows and the state
+        first_tile = tl.minimum(_first_far(k0, first_start, C, BLOCK), far_at) // BM
+        between_steps = (tl.cdiv(tl.minimum(far_at, T), BM) - first_tile) * R
+        for half in tl.static_range(2):
+            phi = _feature(y * (1 - 2 * half), projected, power, keep_f, 1, F, EVEN_F, GATES)
+            state = _state_half(S, SEG, (at + half * F) * D, seg_at + half * F * D, use_seg, of, od, F, FP, D, DP, SPLIT, False, LT)
+            dv = tl.dot((phi * reached[:, None]).to(LT), state, dv, input_precision=PREC)
+            turned = _state_half(S, SEG, (at + half * F) * D, seg_at + half * F * D, use_seg, of, od, F, FP, D, DP, SPLIT, True, LT)
+            norm = _norm_half(Z, SEG, at + half * F, seg_at + 2 * F * D + half * F, use_seg, of, F, SPLIT)
+            grad = (tl.dot(v.to(LT), turned, input_precision=PREC) - norm[None, :]) * reached[:, None]
+            if BETWEEN:
+                for step in range(between_steps):
+                    t0 = (first_tile + step // R) * BM
+                    h = g * R + step % R
+                    n = t0 + om
+                    row_ok = n < T
+                    start = om * 0
+                    if HAS_START:
+                        start = tl.load(START + b * T + tl.minimum(n, T - 1))
+                    lo = _window_start(n, start, C, BLOCK)
+                    row = (b * H + h) * T + n
+                    q = _tile(Q + b * q_sb + h * q_sh + t0 * q_step, om, q_st, row_ok, od, D, EVEN_D)
+                    dy = _tile(DO + b * do_sb + h * do_sh + t0 * do_step, om, do_st, row_ok, od, D, EVEN_D)
+                    shift = tl.load(LOG_WEIGHT + h) * LOG2E - tl.load(LSE + row, mask=row_ok, other=float("inf"))
+                    delta = tl.load(DELTA + row, mask=row_ok, other=0.0)
+                    if WINDOW_MAX:
+                        shift += tl.load(ROW_MAX + row, mask=row_ok, other=0.0)
+                    linear = (i[:, None] <= n[None, :]) & (i[:, None] >= start[None, :] + A) & (i[:, None] < lo[None, :]) & key_ok[:, None] & row_ok[None, :]
+                    factor = tl.where(linear, tl.exp2(tl.minimum(shift, MAX_LOG_FACTOR))[None, :], 0.0)
+                    query_power = 0.0
+                    flat = tl.zeros([BM], tl.float32)
+                    if GATES:
+                        flat = _projection(q, GQ + h * (D + 1), od, D, DP)
+                        query_power = tl.load(GQ + h * (D + 1) + D)
+                    # the queries' features once with features as rows, for dv, and once with queries as rows: no accumulator is transposed
+                    y_q = tl.dot(_map(WQ + h * D * F, of, od, F, FP, D, DP, True), tl.trans(q), input_precision=PREC)
+                    r = tl.dot(
+                        phi.to(LT),
+                        _feature(y_q * (1 - 2 * half), flat[None, :], query_power, (of < F)[:, None], 0, F, EVEN_F, GATES).to(LT),
+                        input_precision=PREC,
+                    )
+                    dv = tl.dot((r * factor).to(LT), dy.to(LT), dv, input_precision=PREC)
+                    t = ((tl.dot(v, tl.trans(dy), input_precision=PREC) - delta[None, :]) * factor).to(LT)
+                    y_rows = tl.dot(q, _map(WQ + h * D * F, of, od, F, FP, D, DP, False), input_precision=PREC)
+                    grad = tl.dot(
+                        t, _feature(y_rows * (1 - 2 * half), flat[:, None], query_power, keep_f, 1, F, EVEN_F, GATES).to(LT), grad, input_precision=PREC
+                    )
+            d_half, _, d_gate_half, d_power_half = _feature_grad(y * (1 - 2 * half), grad, projected, power, keep_f, F, EVEN_F, GATES)
+            d_y += d_half * (1 - 2 * half)
+            d_gate += d_gate_half
+            d_power += d_power_half
+        d_y = d_y.to(DY.dtype.element_ty)
+        tl.store(DY + (bg.to(tl.int64) * T + i)[:, None] * F + of[None, :], d_y, mask=key_ok[:, None] & keep_f)
+        dk = tl.dot(d_y.to(k.dtype), _map(WK + g * D * F, of, od, F, FP, D, DP, True), dk, input_precision=PREC)
+        if GATES:
+            gate = tl.sum(d_gate, 1) * D**-0.5
+            dk += gate[:, None] * tl.load(GK + g * (D + 1) + od, mask=od < D, other=0.0)[None, :]
+            tl.store(DGATE + bg.to(tl.int64) * T + i, gate, mask=key_ok)
+            tl.store(DPOWER + bg.to(tl.int64) * NUM_TILES + tile, tl.sum(tl.where(key_ok, tl.sum(d_power, 1), 0.0), 0))
+    dk_soft = tl.zeros([BN, DP], tl.float32)
+    first_tile = k0 // BM
+    for step in range((tl.cdiv(tl.minimum(far_at, T), BM) - first_tile) * R):
+        t0 = (first_tile + step // R) * BM
+        h = g * R + step % R
+        n = t0 + om
+        row_ok = n < T
+        start, tile_start = om * 0, t0 * 0
+        if HAS_START:
+            start = tl.load(START + b * T + tl.minimum(n, T - 1))
+            tile_start = tl.load(START + b * T + t0)
+        lo = _window_start(n, start, C, BLOCK)
+        k_soft = _window_start(t0, tile_start, C, BLOCK) // BN * BN
+        row = (b * H + h) * T + n
+        q = _tile(Q + b * q_sb + h * q_sh + t0 * q_step, om, q_st, row_ok, od, D, EVEN_D)
+        dy = _tile(DO + b * do_sb + h * do_sh + t0 * do_step, om, do_st, row_ok, od, D, EVEN_D)
+        lse = tl.load(LSE + row, mask=row_ok, other=float("inf"))
+        delta = tl.load(DELTA + row, mask=row_ok, other=0.0)
+        soft = _in_softmax(i[:, None], n[None, :], start[None, :], lo[None, :], A, BETWEEN)
+        soft = soft & key_ok[:, None] & row_ok[None, :] & (k0 >= k_soft)
+        p = tl.where(soft, tl.exp2(tl.dot(k, tl.trans(q), input_precision=PREC) * scale2 - lse[None, :]), 0.0)
+        ds = p * (tl.dot(v, tl.trans(dy), input_precision=PREC) - delta[None, :])
+        if WINDOW_MAX:
+            arg = tl.load(ARG_MAX + row, mask=row_ok, other=-1)
+            ds += tl.where(soft & (i[:, None] == arg[None, :]), tl.load(PATH + row, mask=row_ok, other=0.0)[None, :], 0.0)
+        dk_soft = tl.dot(ds.to(q.dtype), q, dk_soft, input_precision=PREC)
+        dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision=PREC)
+    dk += dk_soft * scale
+    out = (b * T + k0) * (GS * D) + g * D + on[:, None] * (GS * D) + od[None, :]
+    store_ok = key_ok[:, None] & (od < D)[None, :]
+    tl.store(DK + out, dk.to(DK.dtype.element_ty), mask=store_ok)
+    tl.store(DV + out, dv.to(DV.dtype.element_ty), mask=store_ok)
+
+
+@triton.jit
+def sink_grad_kernel(
+    DSINK, START, DK, DV, T, NUM_TILES, GS, A, BM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HAS_START: tl.constexpr, BT: tl.constexpr
+):  # fmt: skip
+    """Adds DSINK's parts to one sink's row of DK and DV: one program per (run of blocks with the same first document, KV head, sink)."""
+    tile, bg, sink = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, g = (bg // GS).to(tl.int64), (bg % GS).to(tl.int64)
+    H = GS * R
+    od, ot = tl.arange(0, DP), tl.arange(0, BT)
+    document = tile * 0
+    owner = tile == 0
+    if HAS_START:
+        document = tl.load(START + b * T + tile * BM)
+        owner = owner | (tl.load(START + b * T + tl.maximum(tile - 1, 0) * BM) != document)
+    token = tl.minimum(document + sink, T - 1)
+    owner = owner & (document + sink < T)
+    if HAS_START:
+        owner = owner & (tl.load(START + b * T + token) == document)  # a shorter document's row has another owner
+    if owner:
+        dk, dv = tl.zeros([DP], tl.float32), tl.zeros([DP], tl.float32)
+        at = tile
+        running = 1
+        while running > 0:
+            blocks = at + ot
+            same = blocks < NUM_TILES
+            if HAS_START:
+                same = same & (tl.load(START + b * T + tl.minimum(blocks * BM, T - 1)) == document)
+            for rep in range(R):
+                part = DSINK + (((b * H + g * R + rep) * NUM_TILES + blocks) * 2 * A + sink)[:, None] * D + od[None, :]
+                ok = same[:, None] & (od < D)[None, :]
+                dk += tl.sum(tl.load(part, mask=ok, other=0.0), 0)
+                dv += tl.sum(tl.load(part + A * D, mask=ok, other=0.0), 0)
+            at += BT
+            running = tl.where((at < NUM_TILES) & (tl.sum(same.to(tl.int32), 0) == BT), 1, 0)
+        out = ((b * T + token) * GS + g) * D + od
+        ok = od < D
+        tl.store(DK + out, (tl.load(DK + out, mask=ok, other=0.0).to(tl.float32) + dk).to(DK.dtype.element_ty), mask=ok)
+        tl.store(DV + out, (tl.load(DV + out, mask=ok, other=0.0).to(tl.float32) + dv).to(DV.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def map_grad_kernel(
+    X, DY, DGATE, DW, x_sb, x_st, x_sh, B, T, HEADS, NUM_SPLITS, D: tl.constexpr, DP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BT: tl.constexpr, GATES: tl.constexpr, PREC: tl.constexpr
+):  # fmt: skip
+    """DW [NUM_SPLITS, HEADS * D * F + HEADS * D] = sums over tokens of x^T dy, then of x dgate (with gates); split s takes every NUM_SPLITS-th block."""
+    split, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    od, of, ot = tl.arange(0, DP), tl.arange(0, FP), tl.arange(0, BT)
+    x_step = x_st.to(tl.int64)
+    EVEN_D: tl.constexpr = D == DP
+    acc = tl.zeros([DP, FP], tl.float32)
+    direction = tl.zeros([DP], tl.float32)
+    blocks = tl.cdiv(T, BT)
+    for block in range(split, B * blocks, NUM_SPLITS):
+        b = block // blocks
+        t0 = (block % blocks) * BT
+        row_ok = t0 + ot < T
+        x = _tile(X + b * x_sb + h * x_sh + t0 * x_step, ot, x_st, row_ok, od, D, EVEN_D)
+        row = (b * HEADS + h) * T + t0 + ot
+        dy = tl.load(DY + row[:, None] * F + of[None, :], mask=row_ok[:, None] & (of < F)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(x), dy.to(x.dtype), acc, input_precision=PREC)
+        if GATES:
+            direction += tl.sum(x.to(tl.float32) * tl.load(DGATE + row, mask=row_ok, other=0.0)[:, None], 0)
+    SIZE: tl.constexpr = D * F + D if GATES else D * F
+    out = DW + (h * 0 + split) * HEADS * SIZE
+    tl.store(out + h * D * F + od[:, None] * F + of[None, :], acc, mask=(od < D)[:, None] & (of < F)[None, :])
+    if GATES:
+        tl.store(out + HEADS * D * F + h * D + od, direction, mask=od < D)
+
+
+# Host side. Shapes decide everything: no autotuning, and the number of segments does not depend on the device, so results do not either.
+TARGET_PROGRAMS = 264  # two per multiprocessor of an H100
+STATE_DISTANCE = 64  # tokens between stored states
+MAX_HEAD_DIM = 256
+MAX_VALUE_BLOCK = 128  # value columns of one program; wider heads are split
+MAX_FEATURES = 128  # per half
+# Ops are registered once per module: a copy of this file that travels with a checkpoint must not meet the package's, or another checkpoint's.
+NAMESPACE = "attnconvert" if __name__.startswith("attnconvert.") else "attnconvert_" + hashlib.sha256(__name__.encode()).hexdigest()[:12]
+
+
+def _pow2(x: int) -> int:
+    return max(16, 1 << (x - 1).bit_length())
+
+
+@functools.cache
+def _blocks(D: int, F: int, R: int, narrow: bool) -> dict[str, Any]:
+    """Block sizes, warps and stages per kernel for a head_dim D, F features per half, R query heads per state; narrow: bf16 or fp16."""
+    DP, FP = _pow2(D), _pow2(F)
+    large = DP * FP > 128 * 64
+    rows, grad_rows = 64 if narrow else 32, 64 if narrow and DP <= 128 else 32
+    return {
+        "DP": DP, "FP": FP, "BV": min(DP, MAX_VALUE_BLOCK), "CS": STATE_DISTANCE, "RCS": STATE_DISTANCE, "BM": rows, "BN": rows, "GBM": grad_rows, "GBN": grad_rows,
+        "state": {"num_warps": 8 if large else 4, "num_stages": 2},
+        "reverse": {"num_warps": 8 if large else 4, "num_stages": 2},
+        "output": {"num_warps": 4, "num_stages": 2},
+        "query": {"num_warps": 4, "num_stages": 2 if large else 1},
+        "key": {"num_warps": 8 if large else 4, "num_stages": 2 if large else 1},
+        "map": {"num_warps": 4, "num_stages": 2},
+    }  # fmt: skip
+
+
+def _segments(num_chunks: int, heads: int) -> tuple[int, int]:
+    """(chunks per segment, segments)."""
+    wanted = max(1, min(num_chunks, -(-TARGET_PROGRAMS // heads)))
+    per_segment = -(-num_chunks // wanted)
+    return per_segment, -(-num_chunks // per_segment)
+
+
+def _state_programs(B: int, GS: int, D: int) -> int:
+    """Programs of `state_kernel` per segment."""
+    return 2 * B * GS * (-(-D // min(_pow2(D), MAX_VALUE_BLOCK)))
+
+
+def _linear_type(dtype: torch.dtype) -> tuple[Any, torch.dtype, str]:
+    """(element type of the linear branch's products, of stored states, tl.dot precision): features and states outgrow fp16's range."""
+    if dtype == torch.bfloat16:
+        return tl.bfloat16, torch.bfloat16, "tf32"
+    if dtype == torch.float16:
+        return tl.float32, torch.float32, "tf32"
+    return tl.float32, torch.float32, "ieee"
+
+
+def refusal(q: Tensor, k: Tensor, *, query_map: Tensor | None, linear_log_weight: Tensor, needs_grad: bool, has_state: bool) -> str | None:
+    """Why the kernels cannot take these inputs, or None.
+
+    Args: as `linear_attention`. needs_grad: some input requires a gradient. has_state: with an initial state, or a final state is asked for.
+    """
+    H, D = q.shape[2:]
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"dtype {q.dtype} is not bfloat16, float16 or float32"
+    if not q.is_cuda and not triton.knobs.runtime.interpret:
+        return f"the tensors are on {q.device.type}, the kernels need an NVIDIA GPU"
+    if D > MAX_HEAD_DIM:
+        return f"head_dim {D} is larger than {MAX_HEAD_DIM}"
+    if H % k.shape[2]:
+        return f"{H} query heads are not a multiple of {k.shape[2]} key-value heads"
+    if query_map is not None and query_map.shape[-1] > MAX_FEATURES:
+        return f"{query_map.shape[-1]} features per half are more than {MAX_FEATURES}"
+    if linear_log_weight.numel() not in (1, H):
+        return f"the log weight has shape {list(linear_log_weight.shape)}, not one value per head"
+    if needs_grad and has_state:
+        return "gradients through an initial or final state are left to the reference"
+    return None
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None,
+    fold: Tensor | None, initial: Tensor | None, final_chunk: Tensor | None, window_size: int, window_kind: str, num_sinks: int, prefix: int, scale: float, reference: str, between: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The forward pass. Maps in q's dtype, gates and log_weight [H] fp32, all contiguous; start int32 [B, prefix + T]; see `output_kernel`.
+
+    With `fold` (an initial state) k and v are [B, num_sinks + prefix + T, Gs, D], else [B, T, Gs, D].
+
+    Returns:
+        output, lse, row_max, arg_max, states, norms, segments, final; what is not asked for is empty.
+    """
+    B, T, H, D = q.shape
+    linear = query_map is not None
+    GS = k.shape[2]
+    R = H // GS
+    F = query_map.shape[-1] if query_map is not None else 16
+    narrow = q.dtype != torch.float32
+    blocks = _blocks(D, F, R, narrow)
+    DP, FP, BV, CS, BM, BN = (blocks[name] for name in ("DP", "FP", "BV", "CS", "BM", "BN"))
+    LT, state_dtype, precision = _linear_type(q.dtype)
+    if fold is not None and num_sinks:
+        k, v = k[:, num_sinks:], v[:, num_sinks:]
+    TK = prefix + T
+    num_chunks = -(-TK // CS)
+    seg_chunks, num_segs = _segments(num_chunks, _state_programs(B, GS, D))
+    window_max = reference == "window_max"
+    size = 2 * F * D + 2 * F
+    new = q.new_empty
+    fp32 = torch.float32
+    output = new(B, T, H, D)
+    lse = new(B, H, T, dtype=fp32) if save else new(0, dtype=fp32)
+    row_max = new(B, H, T, dtype=fp32) if save and window_max else new(0, dtype=fp32)
+    arg_max = new(B, H, T, dtype=torch.int32) if save and window_max else new(0, dtype=torch.int32)
+    states = new((B * GS, num_chunks, 2, F, D) if linear else (0,), dtype=state_dtype)
+    norms = new((B * GS, num_chunks, 2, F) if linear else (0,), dtype=fp32)
+    segments = new((B * GS, num_segs, size) if linear else (0,), dtype=fp32)
+    final = new((B * GS, size) if linear and final_chunk is not None else (0,), dtype=fp32)
+    wq, wk, gq, gk = query_map, key_map, query_gate, key_gate
+    gates = gq is not None
+    if linear:
+        assert wq is not None
+        assert wk is not None
+        state_kernel[(num_segs * 2, B * GS, -(-D // BV))](
+            k, v, wk, gk, start, fold, final_chunk, states, norms, segments, final,
+            k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), TK, num_chunks, seg_chunks, num_segs, GS, num_sinks,
+            D=D, DP=DP, BV=BV, F=F, FP=FP, CS=CS, BN=BN, GATES=gates, HAS_START=start is not None, HAS_FOLD=fold is not None, HAS_FINAL=final_chunk is not None,
+            LT=LT, PREC=precision, **blocks["state"],
+        )  # fmt: skip
+        if num_segs > 1 or initial is not None:
+            prefix_kernel[(B * GS, -(-size // 1024))](
+                segments, initial, start, TK, num_segs, seg_chunks * CS, size, GS, HAS_START=start is not None, HAS_INITIAL=initial is not None, REVERSE=False, BLOCK_SIZE=1024, num_warps=4
+            )  # fmt: skip
+    tiles = -(-T // BM)
+    output_kernel[(B * GS * tiles * R, -(-D // BV))](
+        q, k, v, output, lse, row_max, arg_max, wq, wk, gq, gk, log_weight, states, norms, segments, start, fold,
+        q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), T, prefix, tiles, num_chunks, seg_chunks, num_segs, GS, num_sinks, scale,
+        R=R, D=D, DP=DP, BV=BV, F=F, FP=FP, C=window_size, BLOCK=window_kind == "block", CS=CS, BM=BM, BN=BN, SB=_pow2(num_sinks) if num_sinks else 0,
+        LINEAR=linear, BETWEEN=between, GATES=gates, WINDOW_MAX=window_max, HAS_START=start is not None, HAS_FOLD=fold is not None, SPLIT=num_segs > 1 or initial is not None, SAVE=save, LT=LT, PREC=precision,
+        **blocks["output"],
+    )  # fmt: skip
+    return output, lse, row_max, arg_max, states, norms, segments, final
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None,
+    output: Tensor, lse: Tensor, row_max: Tensor, arg_max: Tensor, states: Tensor, norms: Tensor, segments: Tensor, grad: Tensor,
+    window_size: int, window_kind: str, num_sinks: int, scale: float, reference: str, between: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, query_map, key_map, log_weight [H], query_gate, key_gate (empty where there is no such input)."""
+    B, T, H, D = q.shape
+    linear, gates, window_max = query_map is not None, query_gate is not None, reference == "window_max"
+    GS = k.shape[2]
+    R = H // GS
+    F = query_map.shape[-1] if query_map is not None else 16
+    narrow = q.dtype != torch.float32
+    blocks = _blocks(D, F, R, narrow)
+    DP, FP, BV, CS, RCS, BM, BN = (blocks[name] for name in ("DP", "FP", "BV", "CS", "RCS", "GBM", "GBN"))
+    LT, state_dtype, precision = _linear_type(q.dtype)
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    fp32, new = torch.float32, q.new_empty
+    size = 2 * F * D + 2 * F
+    has_start = start is not None
+    delta = new(B, H, T, dtype=fp32)
+    dq, dk, dv = new(B, T, H, D), new(B, T, GS, D), new(B, T, GS, D)
+    delta_kernel[(-(-T // 64), B * H)](output, grad, delta, grad.stride(0), grad.stride(1), grad.stride(2), T, H, D=D, DP=DP, BM=64, num_warps=4)
+    tiles = -(-T // BM)
+    wq, wk, gq, gk = query_map, key_map, query_gate, key_gate
+    reverse = reverse_norms = reverse_segments = None
+    reverse_chunks = -(-T // RCS)
+    seg_chunks, num_segs = _segments(reverse_chunks, _state_programs(B, GS, D))
+    if linear:
+        assert wq is not None
+        assert wk is not None
+        reverse = new(B * GS, reverse_chunks, 2, F, D, dtype=state_dtype)
+        reverse_norms = new(B * GS, reverse_chunks, 2, F, dtype=fp32)
+        reverse_segments = new(B * GS, num_segs, size, dtype=fp32)
+        reverse_state_kernel[(num_segs * 2, B * GS, -(-D // BV))](
+            q, grad, lse, row_max, delta, wq, gq, log_weight, start, reverse, reverse_norms, reverse_segments,
+            q.stride(0), q.stride(1), q.stride(2), grad.stride(0), grad.stride(1), grad.stride(2), T, reverse_chunks, seg_chunks, num_segs, GS,
+            R=R, D=D, DP=DP, BV=BV, F=F, FP=FP, CS=RCS, BM=blocks["BM"], GATES=gates, WINDOW_MAX=window_max, HAS_START=has_start, LT=LT, PREC=precision, **blocks["reverse"],
+        )  # fmt: skip
+        if num_segs > 1:
+            prefix_kernel[(B * GS, -(-size // 1024))](
+                reverse_segments, None, start, T, num_segs, seg_chunks * RCS, size, GS, HAS_START=has_start, HAS_INITIAL=False, REVERSE=True, BLOCK_SIZE=1024, num_warps=4
+            )  # fmt: skip
+    forward_chunks = -(-T // CS)
+    forward_seg_chunks, forward_segs = _segments(forward_chunks, _state_programs(B, GS, D))
+    dy_q, dy_k = (new((B, heads, T, F) if linear else (0,)) for heads in (H, GS))
+    d_gate_q, d_gate_k = (new((B, heads, T) if gates else (0,), dtype=fp32) for heads in (H, GS))
+    block_sums = new((2, B, H, tiles) if linear else (2, 0), dtype=fp32)  # of the log weight and the queries' gate power
+    d_log, d_power_q = block_sums
+    d_power_k = new((B, GS, -(-T // BN)) if gates else (0,), dtype=fp32)
+    path = new((B, H, T) if window_max else (0,), dtype=fp32)
+    if window_max and not linear:
+        path.zero_()  # without a linear branch the maximum cancels
+    d_sink = new((B, H, tiles, 2, num_sinks, D) if num_sinks else (0,), dtype=fp32)
+    strides = [x.stride(axis) for x in (q, k, v, grad) for axis in range(3)]
+    flags = {
+        "R": R, "D": D, "DP": DP, "F": F, "FP": FP, "C": window_size, "BLOCK": window_kind == "block", "BM": BM, "BN": BN,
+        "LINEAR": linear, "BETWEEN": between, "GATES": gates, "WINDOW_MAX": window_max, "HAS_START": has_start, "LT": LT, "PREC": precision,
+    }  # fmt: skip
+    query_grad_kernel[(B * GS * tiles * R,)](
+        q, k, v, grad, lse, row_max, arg_max, delta, path, wq, wk, gq, gk, log_weight, states, norms, segments, start, dq, dy_q, d_gate_q, d_power_q, d_log, d_sink,
+        *strides, T, tiles, forward_chunks, forward_seg_chunks, forward_segs, GS, num_sinks, scale, CS=CS, SB=_pow2(num_sinks) if num_sinks else 0, SPLIT=forward_segs > 1, **flags, **blocks["query"],
+    )  # fmt: skip
+    key_grad_kernel[(-(-T // BN), B * GS)](
+        q, k, v, grad, lse, row_max, arg_max, delta, path, wq, wk, gq, gk, log_weight, reverse, reverse_norms, reverse_segments, start, dk, dv, dy_k, d_gate_k, d_power_k,
+        *strides, T, -(-T // BN), reverse_chunks, seg_chunks, num_segs, GS, num_sinks, scale, CS=RCS, SPLIT=num_segs > 1, **flags, **blocks["key"],
+    )  # fmt: skip
+    if num_sinks:
+        runs = tiles if has_start else 1
+        sink_grad_kernel[(runs, B * GS, num_sinks)](
+            d_sink, start, dk, dv, T, tiles, GS, num_sinks, BM=BM, R=R, D=D, DP=DP, HAS_START=has_start, BT=64, num_warps=8
+        )
+    if not linear:
+        return dq, dk, dv, new(0, dtype=fp32), new(0, dtype=fp32), q.new_zeros(H, dtype=fp32), new(0, dtype=fp32), new(0, dtype=fp32)
+    d_log, d_power_q = block_sums.sum((1, 3))
+    maps: list[Tensor] = []
+    for x, dy, d_gate, d_power in ((q, dy_q, d_gate_q, d_power_q), (k, dy_k, d_gate_k, d_power_k.sum((0, 2)) if gates else d_power_k)):
+        heads = x.shape[2]
+        splits = max(1, min(B * (-(-T // 64)), -(-TARGET_PROGRAMS // heads)))
+        parts = new(splits, heads * (D * F + D * gates), dtype=fp32)
+        map_grad_kernel[(splits, heads)](
+            x, dy, d_gate, parts, x.stride(0), x.stride(1), x.stride(2), B, T, heads, splits, D=D, DP=DP, F=F, FP=FP, BT=64, GATES=gates, PREC=precision, **blocks["map"]
+        )  # fmt: skip
+        weight, direction = parts.sum(0).split((heads * D * F, heads * D * gates))
+        maps += [weight.view(heads, D, F), torch.cat([direction.view(heads, D), d_power[:, None]], 1) if gates else new(0, dtype=fp32)]
+    return dq, dk, dv, maps[0], maps[2], d_log, maps[1], maps[3]
+
+
+def _forward_shapes(
+    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None,
+    fold: Tensor | None, initial: Tensor | None, final_chunk: Tensor | None, window_size: int, window_kind: str, num_sinks: int, prefix: int, scale: float, reference: str, between: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    B, T, H, D = q.shape
+    GS, linear = k.shape[2], query_map is not None
+    F = query_map.shape[-1] if query_map is not None else 16
+    num_chunks = -(-(prefix + T) // STATE_DISTANCE)
+    _, num_segs = _segments(num_chunks, _state_programs(B, GS, D))
+    size = 2 * F * D + 2 * F
+    new, fp32, window_max = q.new_empty, torch.float32, reference == "window_max"
+    return (
+        new(B, T, H, D),
+        new((B, H, T) if save else (0,), dtype=fp32),
+        new((B, H, T) if save and window_max else (0,), dtype=fp32),
+        new((B, H, T) if save and window_max else (0,), dtype=torch.int32),
+        new((B * GS, num_chunks, 2, F, D) if linear else (0,), dtype=_linear_type(q.dtype)[1]),
+        new((B * GS, num_chunks, 2, F) if linear else (0,), dtype=fp32),
+        new((B * GS, num_segs, size) if linear else (0,), dtype=fp32),
+        new((B * GS, size) if linear and final_chunk is not None else (0,), dtype=fp32),
+    )
+
+
+def _backward_shapes(
+    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None,
+    output: Tensor, lse: Tensor, row_max: Tensor, arg_max: Tensor, states: Tensor, norms: Tensor, segments: Tensor, grad: Tensor,
+    window_size: int, window_kind: str, num_sinks: int, scale: float, reference: str, between: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    def like(x: Tensor | None) -> Tensor:
+        return q.new_empty(x.shape if x is not None else (0,), dtype=torch.float32)
+
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, like(query_map), like(key_map), q.new_empty(q.shape[2], dtype=torch.float32), like(query_gate), like(key_gate)
+
+
+# Plain registrations and an autograd.Function, not torch.library.custom_op: its checks cost more host time a call than the kernels take on
+# a small model. A module executed again (a checkpoint's code, reloaded) drops its old registrations first.
+_LIBRARY = None
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+for _name, _function, _shapes in (("linear_attention_forward", _forward, _forward_shapes), ("linear_attention_backward", _backward, _backward_shapes)):
+    _LIBRARY.define(_name + torch.library.infer_schema(_function, mutates_args=()))
+    for _device in ("CUDA", "CPU"):
+        _LIBRARY.impl(_name, _function, _device)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _shapes, lib=_LIBRARY)
+_forward_op = getattr(torch.ops, NAMESPACE).linear_attention_forward.default
+_backward_op = getattr(torch.ops, NAMESPACE).linear_attention_backward.default
+
+
+class _LinearAttention(torch.autograd.Function):
+    """Gradients of q, k, v, maps, log weight and gates; no states."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None,
+        window_size: int, window_kind: str, num_sinks: int, scale: float, reference: str, between: bool,
+    ) -> Tensor:  # fmt: skip
+        ctx.map_dtypes = [None if x is None else x.dtype for x in (query_map, key_map, query_gate, key_gate)]
+        inputs = (q, k, v, *_kernel_parameters(q, query_map, key_map, log_weight, query_gate, key_gate), start)
+        output, *saved, _final = _forward_op(*inputs, None, None, None, window_size, window_kind, num_sinks, 0, scale, reference, between, True)
+        ctx.save_for_backward(*inputs, output, *saved)
+        ctx.options = (window_size, window_kind, num_sinks, scale, reference, between)
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk, dv, query_map, key_map, log_weight, query_gate, key_gate = _backward_op(*ctx.saved_tensors, grad, *ctx.options)
+        found = [None if dtype is None else x.to(dtype) for x, dtype in zip((query_map, key_map, query_gate, key_gate), ctx.map_dtypes, strict=True)]
+        return dq, dk, dv, found[0], found[1], log_weight, found[2], found[3], *[None] * 7
+
+
+def _kernel_parameters(
+    q: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Maps in q's dtype, log weight and gates in fp32, all contiguous."""
+    maps = [None if x is None else x.to(q.dtype).contiguous() for x in (query_map, key_map)]
+    gates = [None if x is None else x.float().contiguous() for x in (query_gate, key_gate)]
+    return maps[0], maps[1], log_weight.float().contiguous(), gates[0], gates[1]
+
+
+def _with_state(
+    q: Tensor, k: Tensor, v: Tensor, heads_k: Tensor, heads_v: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None,
+    start: Tensor | None, state: LinearState | None, output_final_state: bool, between: bool, window_size: int, window_kind: str, num_sinks: int, scale: float, reference: str,
+) -> LinearOutput:  # fmt: skip
+    """The operator with an incoming or outgoing state. k, v: [B, T, G, D]; heads_k, heads_v: the same with a head per state, [B, T, Gs, D]."""
+    B, T, _, D = q.shape
+    GS, device = heads_k.shape[2], q.device
+    features = 0 if query_map is None else 2 * query_map.shape[-1]
+    prefix = 0
+    fold = initial = starts = None
+    incoming = (
+        empty_state(q, k, num_sinks=num_sinks, window_size=window_size, kind=window_kind, num_features=features, state_heads=GS) if state is None else state
+    )
+    if state is None:
+        starts = None if start is None else start.to(torch.int32)
+    else:
+        prefix = num_back_chunks(window_size, window_kind, aligned=False) * window_size
+        length = state.length
+        start = -length[:, None].expand(B, T) if start is None else torch.where(start <= 0, -length[:, None], start)
+        first = prefix - length[:, None]
+        starts = torch.cat([first.expand(B, prefix), start + prefix], 1).to(torch.int32)
+        left = window_start((length - 1).clamp_min(0)[:, None], window_size, window_kind) if window_size else length[:, None]
+        fold = (first + torch.where(length[:, None] > 0, left, 0))[:, 0].to(torch.int32)
+
+        def joined(new: Tensor, ring: Tensor, sinks: Tensor) -> Tensor:
+            old = torch.cat([sinks, last_keys(ring, length, prefix)], 2) if prefix else sinks
+            return torch.cat([old.transpose(1, 2).repeat_interleave(GS // old.shape[1], 2).to(new.dtype), new], 1)
+
+        heads_k, heads_v = joined(heads_k, state.k, state.sink_k), joined(heads_v, state.v, state.sink_v)
+        if features:
+            initial = torch.cat([state.kv.reshape(B * GS, -1), normalizer(state, window_size, window_kind).reshape(B * GS, -1)], 1).float()
+    last = prefix + T - 1
+    document = torch.zeros(B, dtype=torch.int64, device=device) if starts is None else starts[:, -1].long()
+    end = document + window_start(last - document, window_size, window_kind)  # keys before it are in the outgoing state
+    chunk = (end // STATE_DISTANCE).clamp(0, last // STATE_DISTANCE)
+    output, *_, segments, final = _forward_op(
+        q, heads_k, heads_v, *_kernel_parameters(q, query_map, key_map, log_weight, query_gate, key_gate), starts, fold, initial, chunk.to(torch.int32) if output_final_state and features else None,
+        window_size, window_kind, num_sinks, prefix, scale, reference, between, False,
+    )  # fmt: skip
+    if not output_final_state:
+        return LinearOutput(output, None)
+    kv = z = None
+    if features:
+        assert key_map is not None
+        per_segment, _ = _segments(last // STATE_DISTANCE + 1, _state_programs(B, GS, D))
+        segment = chunk // per_segment
+        at = chunk * STATE_DISTANCE
+        total = final.view(B, GS, -1) * (document < at)[:, None, None]
+        carried = (document < segment * per_segment * STATE_DISTANCE) & (document < at)
+        total = (
+            total
+            + segments.view(B, GS, -1, final.shape[-1]).gather(2, segment[:, None, None, None].expand(B, GS, 1, final.shape[-1]))[:, :, 0]
+            * carried[:, None, None]
+        )
+        # keys after the last stored state that have left the window
+        skipped = num_sinks if state is not None else 0
+        index = at[:, None] + torch.arange(STATE_DISTANCE, device=device)
+        leaves = (index < end[:, None]) & (index >= document[:, None] + num_sinks) & (index <= last)
+        if fold is not None:
+            leaves = leaves & (index >= fold[:, None])
+        rows = (index.clamp(0, last) + skipped)[:, :, None, None].expand(-1, -1, GS, D)
+        keys, values = heads_k.gather(1, rows).transpose(1, 2), heads_v.gather(1, rows).transpose(1, 2)
+        phi = feature_map(keys, key_map, key_gate) * leaves[:, None, :, None]
+        split = features * D
+        kv = total[..., :split].reshape(B, GS, features, D) + phi.transpose(-1, -2) @ values.float()
+        z = total[..., split:] + phi.sum(2)
+    return LinearOutput(output, _next_state(incoming, k, v, document - prefix, kv, z))
+
+
+def triton_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window_size: int, window_kind: str, num_sinks: int, scale: float, query_map: Tensor | None, key_map: Tensor | None, linear_log_weight: Tensor,
+    query_gate: Tensor | None = None, key_gate: Tensor | None = None, reference: str = "absolute", start: Tensor | None = None, aligned: bool = False,
+    initial_state: LinearState | None = None, output_final_state: bool = False,
+) -> LinearOutput:  # fmt: skip
+    """`reference.linear_attention` on Triton kernels; the same arguments. linear_log_weight: one value per head, or one for all.
+
+    Matrix products take q's dtype (maps are rounded to it), sums are fp32. `aligned` needs no telling: aligned documents are found to
+    need less.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        H, G = q.shape[2], k.shape[2]
+        log_weight = linear_log_weight.reshape(-1).expand(H)
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        if query_map is None:
+            query_gate = key_gate = None
+        heads_k, heads_v = k, v
+        if key_map is not None and key_map.shape[0] != G:  # LoLCATs' layout: a key map and a state per query head
+            heads_k, heads_v = (x.repeat_interleave(H // G, 2) for x in (k, v))
+        # keys between state and windows: none where every window starts at a multiple of the states' distance
+        between = not (
+            window_kind == "block" and window_size > 0 and window_size % STATE_DISTANCE == 0 and initial_state is None and (start is None or aligned)
+        )
+        options = (window_size, window_kind, num_sinks)
+        if initial_state is not None or output_final_state:
+            maps = (query_map, key_map, log_weight, query_gate, key_gate)
+            return _with_state(q, k, v, heads_k, heads_v, *maps, start, initial_state, output_final_state, between, *options, scale, reference)
+        starts = None if start is None else start.to(torch.int32).contiguous()
+        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, query_map, key_map, log_weight, query_gate, key_gate))
+        inputs = (query_map, key_map, log_weight, query_gate, key_gate)
+        if save:
+            return LinearOutput(_LinearAttention.apply(q, heads_k, heads_v, *inputs, starts, *options, scale, reference, between), None)
+        output = _forward_op(q, heads_k, heads_v, *_kernel_parameters(q, *inputs), starts, None, None, None, *options, 0, scale, reference, between, False)[0]
+        return LinearOutput(output, None)
+
+
+_POINTERS = {
+    **dict.fromkeys(("Q", "K", "V", "O", "DO", "DQ", "DK", "DV", "X", "DY", "WQ", "WK"), "io"),
+    **dict.fromkeys(("START", "FOLD", "FINAL_CHUNK", "ARG_MAX"), "i32"),
+    "S": "state",
+    **dict.fromkeys(("Z", "SEG", "INITIAL", "FINAL", "LSE", "ROW_MAX", "DELTA", "PATH", "GQ", "GK", "LOG_WEIGHT", "DGATE", "DPOWER", "DLOG", "DSINK", "DW"), "fp32"),
+}  # fmt: skip
+_SHIPPED = (
+    # head_dim, features per half, query heads per state
+    (32, 32, 1), (64, 64, 3), (64, 64, 1), (80, 64, 1), (96, 64, 1), (128, 64, 1), (128, 64, 4), (128, 128, 4), (256, 128, 1),
+)  # fmt: skip
+
+
+def aot_configs() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """What ships, for ahead-of-time compilation: (name, kernel, signature, constexprs, options), in bfloat16 with the default recipe's settings."""
+    kernels = (
+        state_kernel,
+        prefix_kernel,
+        output_kernel,
+        delta_kernel,
+        reverse_state_kernel,
+        query_grad_kernel,
+        key_grad_kernel,
+        map_grad_kernel,
+        sink_grad_kernel,
+    )
+    configs = []
+    for D, F, R in _SHIPPED:
+        blocks = _blocks(D, F, R, True)
+        grad = {"BM": blocks["GBM"], "BN": blocks["GBN"], "CS": blocks["CS"]}
+        own = {
+            state_kernel: ({"BN": blocks["BN"]}, blocks["state"]),
+            prefix_kernel: ({"BLOCK_SIZE": 1024}, {"num_warps": 4}),
+            output_kernel: ({"BM": blocks["BM"], "BN": blocks["BN"]}, blocks["output"]),
+            delta_kernel: ({"BM": 64}, {"num_warps": 4}),
+            reverse_state_kernel: ({"BM": blocks["BM"], "CS": blocks["RCS"]}, blocks["reverse"]),
+            query_grad_kernel: (grad, blocks["query"]),
+            key_grad_kernel: (grad | {"CS": blocks["RCS"]}, blocks["key"]),
+            map_grad_kernel: ({"BT": 64}, blocks["map"]),
+            sink_grad_kernel: ({"BM": blocks["GBM"], "BT": 64}, {"num_warps": 8}),
+        }
+        shared = {
+            "R": R, "D": D, "DP": blocks["DP"], "BV": blocks["BV"], "F": F, "FP": blocks["FP"], "C": 64, "BLOCK": True, "CS": blocks["CS"], "SB": 16,
+            "LINEAR": True, "BETWEEN": False, "GATES": True, "WINDOW_MAX": False, "HAS_START": True, "HAS_FOLD": False, "HAS_FINAL": False, "HAS_INITIAL": False,
+            "SPLIT": True, "SAVE": True, "REVERSE": False, "LT": tl.bfloat16, "PREC": "tf32",
+        }  # fmt: skip
+        for kernel in kernels:
+            special, options = own[kernel]
+            if kernel in (prefix_kernel, delta_kernel, sink_grad_kernel) and (D, F, R) != (128, 64, 1):
+                continue  # they do not depend on the shape
+            values = shared | special
+            constexprs = {name: values[name] for name in kernel.arg_names if name in values}
+            signature = {}
+            for name in kernel.arg_names:
+                if name in constexprs:
+                    signature[name] = "constexpr"
+                elif name in _POINTERS:
+                    signature[name] = "*" + {"io": "bf16", "state": "bf16"}.get(_POINTERS[name], _POINTERS[name])
+                else:
+                    signature[name] = "fp32" if name == "scale" else "i32:16" if name.endswith(("_sb", "_st", "_sh")) else "i32"
+            configs.append((f"{kernel.__name__}-d{D}-f{F}-r{R}", kernel, signature, constexprs, options))
+    return configs
