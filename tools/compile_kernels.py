@@ -30,11 +30,14 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it has been; 3.9 warns that another default is coming
 
 MODULES = ("attnconvert.kernels.linear.triton", "attnconvert.kernels.linear.triton_decode")
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes a block may ask for (CUDA programming guide, compute capabilities)
+# bytes a block may ask for (CUDA programming guide, compute capabilities)
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
+# sm_86 and sm_89 run the code and the blocks of sm_80; compiling for them too shows what exceeds their shared memory.
+DEFAULT = ("sm_80", "sm_90")
 
 
 class Config(NamedTuple):
-    """One entry of a kernel module's `aot_configs()`.
+    """One entry of a kernel module's `aot_configs(arch)`.
 
     Attributes:
         name: unique within all modules.
@@ -71,9 +74,9 @@ class Compiled(NamedTuple):
     problems: tuple[str, ...]
 
 
-def configs(module: str) -> list[Config]:
-    """The configurations of one kernel module."""
-    return [Config(*entry) for entry in importlib.import_module(module).aot_configs()]
+def configs(module: str, arch: str) -> list[Config]:
+    """What one kernel module runs on an architecture."""
+    return [Config(*entry) for entry in importlib.import_module(module).aot_configs(int(arch.removeprefix("sm_")))]
 
 
 def compile_config(module: str, index: int, arch: str) -> Compiled:
@@ -83,7 +86,7 @@ def compile_config(module: str, index: int, arch: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    config = configs(module)[index]
+    config = configs(module, arch)[index]
     signature: dict[str, str] = {}
     divisible: dict[tuple[int], list[list[Any]]] = {}
     for position, argument in enumerate(config.kernel.arg_names):
@@ -131,22 +134,23 @@ def _cuobjdump(program: str, option: str, binary: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Compiles what the options select; 0 when all of it is as it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", choices=list(SHARED_LIMIT), default=list(SHARED_LIMIT))
+    parser.add_argument("--arch", nargs="+", choices=list(SHARED_LIMIT), default=DEFAULT)
     parser.add_argument("--filter", default="", metavar="REGEX", help="only configurations whose name it is found in")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes")
-    parser.add_argument("--module", nargs="+", default=MODULES, metavar="NAME", help="modules with aot_configs()")
+    parser.add_argument("--module", nargs="+", default=MODULES, metavar="NAME", help="modules with aot_configs(arch)")
     options = parser.parse_args(arguments)
     import triton
 
-    names: dict[str, tuple[str, int]] = {}
-    for module in options.module:
-        for index, config in enumerate(configs(module)):
-            if config.name in names:
-                parser.error(f"two configurations are called {config.name!r}")
-            names[config.name] = (module, index)
-    tasks = [(*place, arch) for name, place in names.items() if re.search(options.filter, name) for arch in options.arch]
-    width = max((len(name) for name in names), default=0)
-    print(f"Triton {triton.__version__}: {len(tasks)} of {len(names) * len(SHARED_LIMIT)} compilations")
+    found: dict[tuple[str, str], tuple[str, int, str]] = {}
+    for arch in options.arch:
+        for module in options.module:
+            for index, config in enumerate(configs(module, arch)):
+                if (config.name, arch) in found:
+                    parser.error(f"two configurations are called {config.name!r}")
+                found[config.name, arch] = (module, index, arch)
+    tasks = [task for (name, _), task in found.items() if re.search(options.filter, name)]
+    width = max((len(name) for name, _ in found), default=0)
+    print(f"Triton {triton.__version__}: {len(tasks)} of {len(found)} compilations")
     print(f"{'configuration':{width}} {'arch':5} warps stages  regs stack smem_KiB HGMMA  HMMA LDL/STL  seconds")
     began = time.perf_counter()
     failures = 0

@@ -35,6 +35,7 @@ except ImportError as error:
 from attnconvert.kernels.linear.reference import (
     FEATURE_FLOOR,
     GATE_LIMIT,
+    MAX_SHIFT,
     LinearOutput,
     LinearState,
     _next_state,
@@ -51,6 +52,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(FEATURE_FLOOR)
 LIMIT = tl.constexpr(GATE_LIMIT)
 NEG = tl.constexpr(float("-inf"))
+MAX_SHIFT_LOG2 = tl.constexpr(MAX_SHIFT * 1.4426950408889634)
 # No row with a linear set comes near: its denominator holds at least two features' floor. Rows without one would overflow, and 0 * inf is NaN.
 MAX_LOG_FACTOR = tl.constexpr(100.0)
 
@@ -389,10 +391,24 @@ def output_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PREC)
         largest = new
 
+    # What cancels in the quotient: the largest logit, but not less than e^-40 where there is a linear set, whose factor must not overflow.
+    # window_max weighs the linear branch against the window's largest logit itself.
+    has_linear = lo > start + A
+    window_top = tl.where(largest == NEG, 0.0, largest)
     if LINEAR:
+        top = window_top
+        if not WINDOW_MAX:
+            top = tl.where(has_linear, tl.maximum(largest, -MAX_SHIFT_LOG2), window_top)
+        decay = tl.exp2(largest - top)
+        total *= decay
+        acc *= decay[:, None]
+        shift = tl.load(LOG_WEIGHT + h) * LOG2E
+        if WINDOW_MAX:
+            factor = tl.where(has_linear, tl.exp2(shift + tl.zeros([BM], tl.float32)), 0.0)
+        else:
+            factor = tl.where(has_linear, tl.exp2(shift - top), 0.0)
         # phi(q) against the state, then against the keys between the state and the windows
-        weight = _map(WQ + h * D * F, of, od, F, FP, D, DP, False)
-        y = tl.dot(q, weight, input_precision=PREC)
+        y = tl.dot(q, _map(WQ + h * D * F, of, od, F, FP, D, DP, False), input_precision=PREC)
         projected, power, key_power = 0.0, 0.0, 0.0
         if GATES:
             projected = _projection(q, GQ + h * (D + 1), od, D, DP)[:, None]
@@ -400,25 +416,22 @@ def output_kernel(
             key_power = tl.load(GK + g * (D + 1) + D)
         keep_f = (of < F)[None, :]
         x = first_lo // CS * CS
-        carried = (start == first_start) & (first_start < x)
         chunk = tl.minimum(x // CS, NUM_CHUNKS - 1)
         at = (bg.to(tl.int64) * NUM_CHUNKS + chunk) * 2 * F
         seg = chunk // SEG_CHUNKS
         use_seg = first_start < seg * SEG_CHUNKS * CS
         seg_at = (bg.to(tl.int64) * NUM_SEGS + seg) * (2 * F * D + 2 * F)
-        here = tl.where(carried, 1.0, 0.0)
+        here = tl.where((start == first_start) & (first_start < x), 1.0, 0.0)
         low = start + A
         if HAS_FOLD:
             low = tl.maximum(low, tl.load(FOLD + b).to(tl.int32))
         hi = tl.minimum(tl.max(tl.where(row_ok, lo, 0), 0), k_end)
-        mass = tl.zeros([BM], tl.float32)
-        far = tl.zeros([BM, BV], tl.float32)
         for half in tl.static_range(2):
-            phi = _feature(y * (1 - 2 * half), projected, power, keep_f, 1, F, EVEN_F, GATES)
+            phi = _feature(y * (1 - 2 * half), projected, power, keep_f, 1, F, EVEN_F, GATES) * factor[:, None]
             norm = _norm_half(Z, SEG, at + half * F, seg_at + 2 * F * D + half * F, use_seg, of, F, SPLIT)
-            mass += here * tl.sum(phi * norm[None, :], 1)
+            total += here * tl.sum(phi * norm[None, :], 1)
             state = _state_half(S, SEG, (at + half * F) * D, seg_at + half * F * D, use_seg, of, ov, F, FP, D, DP, SPLIT, False, LT)
-            far = tl.dot((phi * here[:, None]).to(LT), state, far, input_precision=PREC)
+            acc = tl.dot((phi * here[:, None]).to(LT), state, acc, input_precision=PREC)
             if BETWEEN:
                 for block in range(x // BN, tl.cdiv(hi, BN)):
                     i = block * BN + on
@@ -429,30 +442,13 @@ def output_kernel(
                     projected_k = 0.0
                     if GATES:
                         projected_k = _projection(k, GK + g * (D + 1), od, D, DP)[None, :]
-                    r = tl.dot(
-                        phi.to(LT), _feature(y_k * (1 - 2 * half), projected_k, key_power, (of < F)[:, None], 0, F, EVEN_F, GATES).to(LT), input_precision=PREC
-                    )
+                    r = tl.dot(phi.to(LT), _feature(y_k * (1 - 2 * half), projected_k, key_power, (of < F)[:, None], 0, F, EVEN_F, GATES).to(LT), input_precision=PREC)
                     linear = (i[None, :] <= n[:, None]) & (i[None, :] >= low[:, None]) & (i[None, :] < lo[:, None]) & key_ok[None, :]
                     r = tl.where(linear, r, 0.0)
-                    mass += tl.sum(r, 1)
-                    far = tl.dot(r.to(LT), v.to(LT), far, input_precision=PREC)
-        # the branches meet like two softmax blocks; window_max weighs the linear one against the window's largest logit
-        shift = tl.load(LOG_WEIGHT + h) * LOG2E
-        safe = tl.where(largest == NEG, 0.0, largest)
-        shift = shift + tl.zeros([BM], tl.float32)
-        if WINDOW_MAX:
-            shift += safe
-        linear_max = tl.where(mass > 0.0, shift + tl.log2(tl.where(mass > 0.0, mass, 1.0)), NEG)
-        top = tl.maximum(largest, linear_max)
-        top = tl.where(top == NEG, 0.0, top)
-        soft_scale, linear_scale = tl.exp2(largest - top), tl.where(mass > 0.0, tl.exp2(shift - top), 0.0)
-        acc = acc * soft_scale[:, None] + far * linear_scale[:, None]
-        total = total * soft_scale + mass * linear_scale
-        largest_out = safe
-        largest = top
+                    total += tl.sum(r, 1)
+                    acc = tl.dot(r.to(LT), v.to(LT), acc, input_precision=PREC)
     else:
-        largest = tl.where(largest == NEG, 0.0, largest)
-        largest_out = largest
+        top = window_top
     seen = total > 0.0
     total = tl.where(seen, total, 1.0)
     acc = tl.where(seen[:, None], acc / total[:, None], 0.0)
@@ -463,9 +459,9 @@ def output_kernel(
     if SAVE and tl.program_id(1) == 0:
         row = (b * H + h) * T + t0 + om
         # a row that sees nothing gets +inf, so that every weight recomputed from it is 0
-        tl.store(LSE + row, tl.where(seen, largest + tl.log2(total), float("inf")), mask=row_ok)
+        tl.store(LSE + row, tl.where(seen, top + tl.log2(total), float("inf")), mask=row_ok)
         if WINDOW_MAX:
-            tl.store(ROW_MAX + row, largest_out, mask=row_ok)
+            tl.store(ROW_MAX + row, window_top, mask=row_ok)
             tl.store(ARG_MAX + row, arg, mask=row_ok)
 
 
@@ -658,7 +654,6 @@ def query_grad_kernel(
     if WINDOW_MAX:
         arg = tl.load(ARG_MAX + row, mask=row_ok, other=-1)
 
-    dq_soft = tl.zeros([BM, DP], tl.float32)
     if SB > 0:
         oa = tl.arange(0, SB)
         index = first_start + oa
@@ -670,7 +665,7 @@ def query_grad_kernel(
         sink_ds = sink_p * (tl.dot(dy, tl.trans(sink_v), input_precision=PREC) - delta[:, None])
         if WINDOW_MAX:
             sink_ds += tl.where(sink_seen & (index[None, :] == arg[:, None]), path[:, None], 0.0)
-        dq_soft = tl.dot(sink_ds.to(sink_k.dtype), sink_k, dq_soft, input_precision=PREC)
+        dq = tl.dot((sink_ds * scale).to(sink_k.dtype), sink_k, dq, input_precision=PREC)
         # the same with keys as rows, for dk and dv
         turned_seen = sink_ok[:, None] & (start == first_start)[None, :] & row_ok[None, :]
         turned_p = tl.where(turned_seen, tl.exp2(tl.dot(sink_k, tl.trans(q), input_precision=PREC) * scale2 - lse[None, :]), 0.0)
@@ -691,8 +686,7 @@ def query_grad_kernel(
         ds = p * (tl.dot(dy, tl.trans(v), input_precision=PREC) - delta[:, None])
         if WINDOW_MAX:
             ds += tl.where(soft & (i[None, :] == arg[:, None]), path[:, None], 0.0)
-        dq_soft = tl.dot(ds.to(k.dtype), k, dq_soft, input_precision=PREC)
-    dq += dq_soft * scale
+        dq = tl.dot((ds * scale).to(k.dtype), k, dq, input_precision=PREC)
     out = DQ + (b * T + t0) * (H * D) + h * D + om[:, None] * (H * D) + od[None, :]
     tl.store(out, dq.to(DQ.dtype.element_ty), mask=row_ok[:, None] & (od < D)[None, :])
 
@@ -807,7 +801,6 @@ def key_grad_kernel(
             dk += gate[:, None] * tl.load(GK + g * (D + 1) + od, mask=od < D, other=0.0)[None, :]
             tl.store(DGATE + bg.to(tl.int64) * T + i, gate, mask=key_ok)
             tl.store(DPOWER + bg.to(tl.int64) * NUM_TILES + tile, tl.sum(tl.where(key_ok, tl.sum(d_power, 1), 0.0), 0))
-    dk_soft = tl.zeros([BN, DP], tl.float32)
     first_tile = k0 // BM
     for step in range((tl.cdiv(tl.minimum(far_at, T), BM) - first_tile) * R):
         t0 = (first_tile + step // R) * BM
@@ -832,9 +825,8 @@ def key_grad_kernel(
         if WINDOW_MAX:
             arg = tl.load(ARG_MAX + row, mask=row_ok, other=-1)
             ds += tl.where(soft & (i[:, None] == arg[None, :]), tl.load(PATH + row, mask=row_ok, other=0.0)[None, :], 0.0)
-        dk_soft = tl.dot(ds.to(q.dtype), q, dk_soft, input_precision=PREC)
+        dk = tl.dot((ds * scale).to(q.dtype), q, dk, input_precision=PREC)
         dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision=PREC)
-    dk += dk_soft * scale
     out = (b * T + k0) * (GS * D) + g * D + on[:, None] * (GS * D) + od[None, :]
     store_ok = key_ok[:, None] & (od < D)[None, :]
     tl.store(DK + out, dk.to(DK.dtype.element_ty), mask=store_ok)
@@ -910,7 +902,7 @@ def map_grad_kernel(
         tl.store(out + HEADS * D * F + h * D + od, direction, mask=od < D)
 
 
-# Host side. Shapes decide everything: no autotuning, and the number of segments does not depend on the device, so results do not either.
+# Host side. Shapes and the architecture decide everything: no autotuning, and the number of segments does not depend on the device.
 TARGET_PROGRAMS = 264  # two per multiprocessor of an H100
 STATE_DISTANCE = 64  # tokens between stored states
 MAX_HEAD_DIM = 256
@@ -925,19 +917,46 @@ def _pow2(x: int) -> int:
 
 
 @functools.cache
-def _blocks(D: int, F: int, R: int, narrow: bool) -> dict[str, Any]:
-    """Block sizes, warps and stages per kernel for a head_dim D, F features per half, R query heads per state; narrow: bf16 or fp16."""
+def _arch(device: torch.device) -> int:
+    """10 * major + minor of a GPU's compute capability; the interpreter on a CPU takes an H100's blocks."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def _blocks(D: int, F: int, R: int, narrow: bool, arch: int = 90) -> dict[str, Any]:
+    """Block sizes, warps and stages per kernel for a head_dim D, F features per half, R query heads per state; narrow: bf16 or fp16; see `_arch`."""
     DP, FP = _pow2(D), _pow2(F)
-    large = DP * FP > 128 * 64
-    rows, grad_rows = 64 if narrow else 32, 64 if narrow and DP <= 128 else 32
+    large, wide = DP * FP > 128 * 64, DP > 128
+    # ptxas gives up on some kernels that must spill and compiles them for 32 or 128 registers; told the maximum it takes it, and spills a third
+    all_registers = {"maxnreg": 255}
+    if arch // 10 in (9, 10):  # fastest measured on an H100 for D <= 128
+        rows, grad_rows = 64 if narrow else 32, 64 if narrow and not wide else 32
+        options = {
+            "state": {"num_warps": 8 if large else 4, "num_stages": 2},
+            "reverse": {"num_warps": 8 if large else 4, "num_stages": 2},
+            "output": {"num_warps": 4, "num_stages": 2},
+            "query": {"num_warps": 4, "num_stages": 2 if large else 1},
+            "key": {"num_warps": 8 if large else 4, "num_stages": 2 if large else 1},
+            "map": {"num_warps": 4, "num_stages": 2},
+        }
+        if wide:
+            options |= {name: {"num_warps": 8, "num_stages": 2} | all_registers for name in ("output", "query", "key", "map")}
+    else:
+        # Operands of tensor-core instructions sit in registers here, not in shared memory, of which most of these GPUs have 99 KiB: small blocks.
+        rows = grad_rows = 32
+        options = {
+            "state": {"num_warps": 4 if DP * FP < 128 * 64 else 8, "num_stages": 1 if large else 2},
+            "reverse": {"num_warps": 4 if DP * FP < 128 * 64 else 8, "num_stages": 1 if large else 2},
+            "output": {"num_warps": 8 if large else 4, "num_stages": 2},
+            "query": {"num_warps": 8, "num_stages": 1} | all_registers,
+            "key": {"num_warps": 8, "num_stages": 1} | all_registers,
+            "map": {"num_warps": 8 if large else 4, "num_stages": 2},
+        }
     return {
-        "DP": DP, "FP": FP, "BV": min(DP, MAX_VALUE_BLOCK), "CS": STATE_DISTANCE, "RCS": STATE_DISTANCE, "BM": rows, "BN": rows, "GBM": grad_rows, "GBN": grad_rows,
-        "state": {"num_warps": 8 if large else 4, "num_stages": 2},
-        "reverse": {"num_warps": 8 if large else 4, "num_stages": 2},
-        "output": {"num_warps": 4, "num_stages": 2},
-        "query": {"num_warps": 4, "num_stages": 2 if large else 1},
-        "key": {"num_warps": 8 if large else 4, "num_stages": 2 if large else 1},
-        "map": {"num_warps": 4, "num_stages": 2},
+        "DP": DP, "FP": FP, "BV": min(DP, MAX_VALUE_BLOCK), "CS": STATE_DISTANCE, "RCS": STATE_DISTANCE, "BM": rows, "BN": rows, "GBM": grad_rows, "GBN": grad_rows, **options,
     }  # fmt: skip
 
 
@@ -1002,7 +1021,7 @@ def _forward(
     R = H // GS
     F = query_map.shape[-1] if query_map is not None else 16
     narrow = q.dtype != torch.float32
-    blocks = _blocks(D, F, R, narrow)
+    blocks = _blocks(D, F, R, narrow, _arch(q.device))
     DP, FP, BV, CS, BM, BN = (blocks[name] for name in ("DP", "FP", "BV", "CS", "BM", "BN"))
     LT, state_dtype, precision = _linear_type(q.dtype)
     if fold is not None and num_sinks:
@@ -1060,7 +1079,7 @@ def _backward(
     R = H // GS
     F = query_map.shape[-1] if query_map is not None else 16
     narrow = q.dtype != torch.float32
-    blocks = _blocks(D, F, R, narrow)
+    blocks = _blocks(D, F, R, narrow, _arch(q.device))
     DP, FP, BV, CS, RCS, BM, BN = (blocks[name] for name in ("DP", "FP", "BV", "CS", "RCS", "GBM", "GBN"))
     LT, state_dtype, precision = _linear_type(q.dtype)
     if grad.stride(-1) != 1:
@@ -1327,50 +1346,55 @@ _POINTERS = {
     "S": "state",
     **dict.fromkeys(("Z", "SEG", "INITIAL", "FINAL", "LSE", "ROW_MAX", "DELTA", "PATH", "GQ", "GK", "LOG_WEIGHT", "DGATE", "DPOWER", "DLOG", "DSINK", "DW"), "fp32"),
 }  # fmt: skip
+_PASSES = (state_kernel, output_kernel, reverse_state_kernel, query_grad_kernel, key_grad_kernel)
 _SHIPPED = (
-    # head_dim, features per half, query heads per state
-    (32, 32, 1), (64, 64, 3), (64, 64, 1), (80, 64, 1), (96, 64, 1), (128, 64, 1), (128, 64, 4), (128, 128, 4), (256, 128, 1),
+    # name, head_dim, features per half, query heads per state, what differs from the default recipe in training, the kernels for which it matters
+    ("", 64, 64, 3, {}, (*_PASSES, map_grad_kernel)),
+    ("", 128, 128, 4, {}, (*_PASSES, map_grad_kernel, prefix_kernel, delta_kernel, sink_grad_kernel)),
+    ("", 128, 64, 1, {}, (*_PASSES, map_grad_kernel)),
+    ("", 256, 128, 1, {}, (*_PASSES, map_grad_kernel)),
+    ("", 32, 32, 1, {}, _PASSES),
+    ("", 96, 96, 1, {}, _PASSES),
+    ("", 64, 64, 1, {}, (reverse_state_kernel, key_grad_kernel)),
+    ("", 128, 64, 4, {}, (reverse_state_kernel, key_grad_kernel)),
+    ("-reverse", 128, 128, 4, {"REVERSE": True}, (prefix_kernel,)),
+    ("-sliding", 64, 64, 3, {"BLOCK": False, "BETWEEN": True}, (output_kernel, query_grad_kernel, key_grad_kernel)),
+    ("-prefill", 128, 128, 4, {"BETWEEN": True, "HAS_FOLD": True, "HAS_FINAL": True, "SAVE": False}, (state_kernel, output_kernel)),
+    ("-lolcats", 128, 64, 1, {"GATES": False, "WINDOW_MAX": True, "HAS_START": False, "SB": 0}, (output_kernel, query_grad_kernel)),
+    ("-window", 128, 16, 4, {"GATES": False, "LINEAR": False, "SAVE": False}, (output_kernel,)),
 )  # fmt: skip
+_STACK: dict[bool, dict[str, int]] = {True: {}, False: {}}
 
 
-def aot_configs() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """What ships, for ahead-of-time compilation: (name, kernel, signature, constexprs, options), in bfloat16 with the default recipe's settings."""
-    kernels = (
-        state_kernel,
-        prefix_kernel,
-        output_kernel,
-        delta_kernel,
-        reverse_state_kernel,
-        query_grad_kernel,
-        key_grad_kernel,
-        map_grad_kernel,
-        sink_grad_kernel,
-    )
+def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
+    """What ships, for ahead-of-time compilation: (name, kernel, signature, constexprs, options, stack accepted in bytes), in bfloat16.
+
+    Args:
+        arch: 10 * major + minor of the compute capability whose blocks to take.
+    """
     configs = []
-    for D, F, R in _SHIPPED:
-        blocks = _blocks(D, F, R, True)
-        grad = {"BM": blocks["GBM"], "BN": blocks["GBN"], "CS": blocks["CS"]}
+    for label, D, F, R, changes, kernels in _SHIPPED:
+        blocks = _blocks(D, F, R, True, arch)
+        grad = {"BM": blocks["GBM"], "BN": blocks["GBN"]}
         own = {
-            state_kernel: ({"BN": blocks["BN"]}, blocks["state"]),
-            prefix_kernel: ({"BLOCK_SIZE": 1024}, {"num_warps": 4}),
-            output_kernel: ({"BM": blocks["BM"], "BN": blocks["BN"]}, blocks["output"]),
+            state_kernel: ({}, blocks["state"]),
+            prefix_kernel: ({}, {"num_warps": 4}),
+            output_kernel: ({}, blocks["output"]),
             delta_kernel: ({"BM": 64}, {"num_warps": 4}),
-            reverse_state_kernel: ({"BM": blocks["BM"], "CS": blocks["RCS"]}, blocks["reverse"]),
+            reverse_state_kernel: ({"CS": blocks["RCS"]}, blocks["reverse"]),
             query_grad_kernel: (grad, blocks["query"]),
             key_grad_kernel: (grad | {"CS": blocks["RCS"]}, blocks["key"]),
-            map_grad_kernel: ({"BT": 64}, blocks["map"]),
-            sink_grad_kernel: ({"BM": blocks["GBM"], "BT": 64}, {"num_warps": 8}),
+            map_grad_kernel: ({}, blocks["map"]),
+            sink_grad_kernel: (grad, {"num_warps": 8}),
         }
-        shared = {
-            "R": R, "D": D, "DP": blocks["DP"], "BV": blocks["BV"], "F": F, "FP": blocks["FP"], "C": 64, "BLOCK": True, "CS": blocks["CS"], "SB": 16,
-            "LINEAR": True, "BETWEEN": False, "GATES": True, "WINDOW_MAX": False, "HAS_START": True, "HAS_FOLD": False, "HAS_FINAL": False, "HAS_INITIAL": False,
-            "SPLIT": True, "SAVE": True, "REVERSE": False, "LT": tl.bfloat16, "PREC": "tf32",
+        recipe = {
+            "R": R, "D": D, "DP": blocks["DP"], "BV": blocks["BV"], "F": F, "FP": blocks["FP"], "C": 64, "BLOCK": True, "CS": blocks["CS"], "BM": blocks["BM"], "BN": blocks["BN"],
+            "SB": 16, "BT": 64, "BLOCK_SIZE": 1024, "LINEAR": True, "BETWEEN": False, "GATES": True, "WINDOW_MAX": False, "HAS_START": True, "HAS_FOLD": False, "HAS_FINAL": False,
+            "HAS_INITIAL": False, "SPLIT": True, "SAVE": True, "REVERSE": False, "LT": tl.bfloat16, "PREC": "tf32",
         }  # fmt: skip
         for kernel in kernels:
             special, options = own[kernel]
-            if kernel in (prefix_kernel, delta_kernel, sink_grad_kernel) and (D, F, R) != (128, 64, 1):
-                continue  # they do not depend on the shape
-            values = shared | special
+            values = recipe | special | changes
             constexprs = {name: values[name] for name in kernel.arg_names if name in values}
             signature = {}
             for name in kernel.arg_names:
@@ -1380,5 +1404,6 @@ def aot_configs() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
                     signature[name] = "*" + {"io": "bf16", "state": "bf16"}.get(_POINTERS[name], _POINTERS[name])
                 else:
                     signature[name] = "fp32" if name == "scale" else "i32:16" if name.endswith(("_sb", "_st", "_sh")) else "i32"
-            configs.append((f"{kernel.__name__}-d{D}-f{F}-r{R}", kernel, signature, constexprs, options))
+            name = f"{kernel.__name__}-d{D}-f{F}-r{R}{label}"
+            configs.append((name, kernel, signature, constexprs, options, _STACK[arch // 10 in (9, 10)].get(name, 0)))
     return configs
