@@ -2,6 +2,7 @@
 # make test      set up, then every check that needs no GPU; what CI runs
 # make test-gpu  set up, then the tests that need an NVIDIA GPU
 # make lint      the checks that run no test
+# make kernels   compile every GPU kernel that ships, without a GPU: with the Triton that is installed and with KERNELS_TRITON; minutes
 # make setup     only the environment
 #
 # A machine without an NVIDIA GPU gets TORCH, so that pip does not choose a CUDA build of several GB by itself; set it to whatever
@@ -15,7 +16,10 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 # Two test processes of one thread each: on 2 cores faster than one process of two threads, whose small matrices do not fill a core.
 TEST_PROCESSES ?= 2
 
-.PHONY: setup demo test test-gpu lint clean
+# What torch 2.11 pins; the kernels were measured with it.
+KERNELS_TRITON ?= 3.6.0
+
+.PHONY: setup demo test test-gpu lint kernels clean
 
 setup: $(VENV)/.installed
 
@@ -38,6 +42,16 @@ lint: setup
 
 test: lint
 	OMP_NUM_THREADS=1 python -m pytest -m 'not gpu and not slow' -n $(TEST_PROCESSES) --dist worksteal
+
+kernels: setup build/triton-$(KERNELS_TRITON)
+	OMP_NUM_THREADS=1 python tools/compile_kernels.py --jobs $(TEST_PROCESSES)
+	OMP_NUM_THREADS=1 PYTHONPATH=build/triton-$(KERNELS_TRITON) python tools/compile_kernels.py --jobs $(TEST_PROCESSES)
+
+# The folder appears when it is whole.
+build/triton-$(KERNELS_TRITON): | setup
+	rm -rf $@.part
+	python -m pip install --quiet --no-deps --target $@.part 'triton==$(KERNELS_TRITON)'
+	mv $@.part $@
 
 test-gpu: setup
 	python -m pytest -m gpu tests

@@ -304,6 +304,29 @@ def kernel_speed() -> str:
     return text + kernel_rivals(found) + f"{where(meta)}\n\n"
 
 
+def kernel_profile() -> str:
+    """Where the time of a call goes, kernel by kernel."""
+    found = load("linear_profile*.json")
+    if not found:
+        return ""
+    names = list(dict.fromkeys(name for _, row in found for name in row["kernel_us"]))
+    body = [
+        [
+            row["form"],
+            f"{row['H']} / {row['G']}",
+            f"{row['D']} / {row['features_per_half']}",
+            f"{row['B']} x {row['T']:,}",
+            "f+b" if row["name"].endswith("backward") else "forward",
+            f"{row['ms']:.2f}",
+            *(str(row["kernel_us"].get(name, "-")) for name in names),
+        ]
+        for _, row in found
+    ]
+    header = ["form", "heads / KV heads", "head_dim / features", "batch x tokens", "pass", "ms"]
+    meta = found[0][0]
+    return f"### Where the time goes (microseconds per kernel)\n{table([*header, *names], body)}\n{where(meta)}\n\n"
+
+
 def kernel_rivals(found: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
     """All rivals at B = 1 and as many KV heads as heads, and the memory of a training pass."""
     base = [
@@ -413,7 +436,7 @@ def plot_kernels(path: Path) -> bool:
 def write_kernels() -> None:
     """Fill the marked block of docs/kernels.md; without results it stays as it is."""
     page = ROOT / "docs" / "kernels.md"
-    figures = kernel_speed() + generation()
+    figures = kernel_speed() + kernel_profile() + generation()
     if not figures:
         return
     picture = plot_kernels(ROOT / "docs" / "results" / "kernels.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,12 +17,28 @@ from attnconvert.kernels.linear.reference import linear_attention as reference_l
 
 logger = logging.getLogger(__name__)
 Impl = Literal["auto", "reference", "triton"]
+IMPLS: tuple[Impl, ...] = ("auto", "reference", "triton")
+IMPL_VARIABLE = "ATTNCONVERT_IMPL"  # what `auto` means in this process: to compare, or to work around a kernel that fails on some GPU
+_AUTO = os.environ.get(IMPL_VARIABLE) or "auto"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
 def _log_once(message: str) -> None:
     logger.info(message)
+
+
+def in_this_process(impl: Impl) -> Impl:
+    """`impl`, with `auto` replaced by the environment variable's value.
+
+    Raises:
+        ValueError: none of the three.
+    """
+    found = _AUTO if impl == "auto" else impl
+    for known in IMPLS:
+        if found == known:
+            return known
+    raise ValueError(f"impl is {found!r}, not one of {', '.join(IMPLS)} (argument impl, or the environment variable {IMPL_VARIABLE})")
 
 
 @functools.cache
@@ -52,13 +69,15 @@ def linear_attention(
 
     Args:
         impl: `reference` (PyTorch: any device, any dtype, gradients through states), `triton` (NVIDIA GPUs), or `auto`: triton for bf16 and fp16
-            on CUDA wherever it can, else the reference, with the reason logged once.
+            on CUDA wherever it can, else the reference, with the reason logged once. The environment variable ATTNCONVERT_IMPL
+            replaces `auto`.
         compile_reference: where it is the reference that runs, run it through torch.compile.
 
     Raises:
-        ValueError: `triton` was asked for and cannot take these inputs; it never falls back.
+        ValueError: `triton` was asked for and cannot take these inputs; it never falls back. Or impl is none of the three.
     """
     why = None
+    impl = in_this_process(impl)
     if impl != "reference":
         if impl == "auto" and not q.is_cuda:
             why = f"the tensors are on {q.device.type}"

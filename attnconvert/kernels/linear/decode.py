@@ -9,16 +9,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from attnconvert.kernels.linear.api import Impl, in_this_process
 from attnconvert.kernels.linear.reference import MAX_SHIFT, LinearState, feature_map, normalizer, normalizer_slot, window_start
 
 logger = logging.getLogger(__name__)
-
-StepImpl = Literal["auto", "reference", "triton"]
 
 
 def linear_attention_step(
@@ -38,7 +36,7 @@ def linear_attention_step(
     key_gate: Tensor | None = None,
     reference: str = "absolute",
     start: Tensor | None = None,
-    impl: StepImpl = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
     """Attention of the next token of each row; no gradients.
 
@@ -61,6 +59,7 @@ def linear_attention_step(
         raise ValueError(f"a decode step takes one token a row, got {q.shape[1]}; use linear_attention with initial_state for more")
     if (state.k.shape[0], state.k.shape[1], state.sink_k.shape[2]) != (q.shape[0], k.shape[2], num_sinks):
         raise ValueError("the state was made for another batch size, number of heads or number of sinks")
+    impl = in_this_process(impl)
     why = None if impl == "reference" else _refusal(q, k, v, state, query_map)
     if impl == "triton" and why is not None:
         raise ValueError(f"impl='triton' cannot run here: {why}")

@@ -480,7 +480,11 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
             B * state_heads, state_heads, G, H // state_heads, D, F2, C, kind, num_slots, A, 16,
             gated=default and F2 > 0, absolute=default, padded=True, aligned=True, exact=False,
         )  # fmt: skip
-        # Some words of the largest maps; and where registers are limited to fit two blocks, words of the part that folds a block (sm_80).
-        max_stack = 64 if D * F2 == 256 * 256 or "maxnreg" in options else 0
+        # Some words: on 8.x of the part that folds a block (once in `window_size` steps), where registers are limited so that two blocks fit a
+        # multiprocessor; on 9.x of large maps with Triton 3.9, none with 3.6.
+        if arch < 90:
+            max_stack = 64 if "maxnreg" in options else 0
+        else:
+            max_stack = 128 if D == 256 else 64 if D * F2 == 128 * 128 and B == 1 else 0
         configs.append((f"decode-d{D}-f{F2}-h{H}-g{G}-b{B}-{kind}{C}" + ("" if default else "-lolcats"), decode_step, signature, constants, options, max_stack))
     return configs
