@@ -40,6 +40,7 @@ RESUMABLE = ("linearize", "convert")
 DEBUG = "ATTNCONVERT_DEBUG"
 
 _SUITES = ("quick", "standard", "long")  # as reevaluate.SUITES, which imports torch
+_INITS = ("aligned", "svd", "mean", "medoid", "first", "random")  # as surgery.regroup.INITS, likewise
 
 # Width of text when the output is no terminal; and of tables always, at least: a wrapped line is better than a figure cut short.
 _TEXT_COLUMNS, _TABLE_COLUMNS = 120, 160
@@ -314,6 +315,95 @@ def _shown(path: Path) -> str:
     """A path as the user would type it here."""
     absolute = Path(os.path.abspath(path))
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
+
+
+@app.command(
+    rich_help_panel=_CONVERT,
+    epilog=_examples(
+        "attnconvert regroup demo --kv-heads 4,2,1 --compare-inits",
+        "attnconvert regroup demo --kv-heads 4",
+        "attnconvert regroup HuggingFaceTB/SmolLM2-135M-Instruct --kv-heads 1 --init svd --calibration my-text/ --out smol-mqa",
+    ),
+)
+def regroup(
+    ctx: typer.Context,
+    model: Model,
+    kv_heads: Annotated[
+        str, typer.Option("--kv-heads", metavar="N[,N...]", rich_help_panel=_MODEL_PANEL, show_default=False, help="KV heads to end with; a list to compare.")
+    ],
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_MODEL_PANEL,
+            show_default="aligned; all of them with --compare-inits",
+            help=f"How heads become fewer: {', '.join(_INITS)}. With --compare-inits a list.",
+        ),
+    ] = None,
+    compare_inits: Annotated[
+        bool, typer.Option("--compare-inits", rich_help_panel=_RUN_PANEL, help="Measure every init at every N before any training; writes nothing.")
+    ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            rich_help_panel=_RUN_PANEL,
+            show_default="the text inside the package",
+            help="Text to align on and to measure on, split by document: a file, a folder or a `datasets` id; `none` aligns by the weights alone.",
+        ),
+    ] = None,
+    tokens: Annotated[str, typer.Option(metavar="N", rich_help_panel=_RUN_PANEL, help="Tokens of calibration and of held-out text, each.")] = "16k",
+    revision: RevisionOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", rich_help_panel=_OUT_PANEL, show_default="<model>-kv<N>", help="Folder to create.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, rich_help_panel=_RUN_PANEL, help="Seed of the text read and of `random`.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Give a model fewer KV heads (GQA, MQA) and save it as its stock architecture, for every engine. No training.
+
+    Heads are aligned by rotations that leave the model as it is, pooled, measured on held-out text, and proven to reload in plain transformers.
+    """
+    _check_choice("dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
+    _check_device(device)
+    targets = _sizes("kv-heads", kv_heads) or []
+    inits = None if init is None else [part.strip() for part in init.split(",") if part.strip()]
+    for name in inits or ():
+        _check_choice("init", name, _INITS)
+    if not compare_inits and (len(targets) > 1 or len(inits or ()) > 1):
+        raise typer.BadParameter("a model is written with one N and one init; several need --compare-inits", param_hint="--kv-heads")
+    if compare_inits and (out is not None or overwrite):
+        raise typer.BadParameter("--compare-inits writes no model; leave --out and --overwrite away", param_hint="--compare-inits")
+    num_tokens = _token_count(tokens) or 0
+    with _libraries(verbose):
+        from attnconvert.convert import regroup as regrouping
+
+        with RunUi(_stderr(), quiet=quiet) as ui:
+            common: dict[str, Any] = {
+                "calibration": calibration, "tokens": num_tokens, "revision": revision, "dtype": dtype, "device": _resolved(device), "seed": seed,
+                "note": ui.on_phase, "progress": ui.on_eval,
+            }  # fmt: skip
+            if compare_inits:
+                report = regrouping.compare_inits(model, sorted(set(targets), reverse=True), inits=inits, **common)
+            else:
+                target = out if out is not None else Path(default_out(model, f"kv{targets[0]}"))
+                chosen = (inits or [_INITS[0]])[0]
+                command = shlex.join(["attnconvert", *ctx.obj])
+                report = regrouping.regroup_model(model, targets[0], target, init=chosen, overwrite=overwrite, command=command, **common)
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    if report.path is not None and quiet:
+        typer.echo(_shown(report.path))
+        return
+    _show(regrouping.render_report(report), _stdout())
+    if report.path is not None:
+        typer.echo(regrouping.what_next(report, _shown(report.path)))
 
 
 @app.command(

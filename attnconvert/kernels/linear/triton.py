@@ -1008,6 +1008,12 @@ def refusal(q: Tensor, k: Tensor, *, query_map: Tensor | None, linear_log_weight
         return f"{query_map.shape[-1]} features per half are more than {MAX_FEATURES}"
     if linear_log_weight.numel() not in (1, H):
         return f"the log weight has shape {list(linear_log_weight.shape)}, not one value per head"
+    if q.is_cuda and query_map is not None:
+        # compiled ahead of time: these ask for more shared memory than a block has (8.0: 163 KiB; 8.6, 8.9, 12.x: 99 KiB)
+        arch, large = _arch(q.device), _pow2(D) * _pow2(query_map.shape[-1]) > 128 * 64
+        small = arch // 10 != 9 and arch // 10 != 10 and arch != 80
+        if (needs_grad and ((small and large) or (arch == 80 and D > 128))) or (small and D > 128 and q.dtype == torch.float16):
+            return f"head_dim {D} with {query_map.shape[-1]} features per half needs more shared memory than compute capability {arch / 10} has"
     if needs_grad and has_state:
         return "gradients through an initial or final state are left to the reference"
     if needs_grad and q.dtype == torch.float16 and q.is_cuda:
@@ -1381,6 +1387,7 @@ _SHIPPED = (
 # with 4 warps and 604 with 8, the queries' gradient 690 and 839. 8.x and D = 256 are chosen by ptxas's figures, not by time: the gradients use tiles of
 # two maps and two states, which blocks of 32 tokens do not keep in registers either; blocks of 16 spill less but read those tiles twice as often.
 _STACK = {
+    "key_grad_kernel-d32-f32-r1": (64, 0),
     "key_grad_kernel-d64-f64-r1": (0, 192),
     "key_grad_kernel-d64-f64-r3": (0, 192),
     "key_grad_kernel-d96-f96-r1": (832, 1152),
@@ -1390,7 +1397,7 @@ _STACK = {
     "key_grad_kernel-d128-f128-r4-sliding": (832, 1984),
     "key_grad_kernel-d256-f128-r1": (3264, 3200),
     "output_kernel-d64-f64-r3": (0, 64),
-    "output_kernel-d64-f64-r3-sliding": (0, 576),
+    "output_kernel-d64-f64-r3-sliding": (64, 576),
     "output_kernel-d96-f96-r1": (64, 576),
     "output_kernel-d128-f64-r1": (128, 256),
     "output_kernel-d128-f64-r1-lolcats": (64, 192),
