@@ -20,6 +20,7 @@ import test_kernel_linear as definition
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attnconvert.kernels.linear import api
 from attnconvert.kernels.linear import reference as torch_impl
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}  # ||got - want|| / ||want|| of each tensor
@@ -420,3 +421,14 @@ def test_compiled_whole_it_has_one_graph_and_the_same_bits():
         assert torch.equal(got, want)
         for name, a, b in zip(given, torch.autograd.grad(got, list(given.values())), torch.autograd.grad(want, list(given.values())), strict=True):
             assert torch.equal(a, b), name
+
+
+@interpreted
+def test_the_entry_point_that_chooses_compiles_to_one_graph_too():
+    case = Case("block", 8, 2, 20, 8, 4)
+    x = leaves(draw(case))
+
+    def through_api(x):
+        return api.linear_attention(**x, **case.settings, impl="triton").output
+
+    assert torch.equal(torch.compile(through_api, backend="aot_eager", fullgraph=True)(x), through_api(x))

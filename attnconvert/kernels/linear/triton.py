@@ -924,13 +924,14 @@ def _pow2(x: int) -> int:
     return max(16, 1 << (x - 1).bit_length())
 
 
-@functools.cache
+# Read once, here: torch.compile traces `refusal` and can ask neither a device nor the environment.
+_INTERPRETED = triton.knobs.runtime.interpret
+_ARCHITECTURES = tuple(10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+
+
 def _arch(device: torch.device) -> int:
     """10 * major + minor of a GPU's compute capability; the interpreter on a CPU takes an H100's blocks."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return _ARCHITECTURES[device.index or 0] if device.type == "cuda" else 90
 
 
 @functools.cache
@@ -998,7 +999,7 @@ def refusal(q: Tensor, k: Tensor, *, query_map: Tensor | None, linear_log_weight
     H, D = q.shape[2:]
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtype {q.dtype} is not bfloat16, float16 or float32"
-    if not q.is_cuda and not triton.knobs.runtime.interpret:
+    if not q.is_cuda and not _INTERPRETED:
         return f"the tensors are on {q.device.type}, the kernels need an NVIDIA GPU"
     if D > MAX_HEAD_DIM:
         return f"head_dim {D} is larger than {MAX_HEAD_DIM}"
