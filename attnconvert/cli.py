@@ -326,7 +326,6 @@ def _shown(path: Path) -> str:
     ),
 )
 def regroup(
-    ctx: typer.Context,
     model: Model,
     kv_heads: Annotated[
         str, typer.Option("--kv-heads", metavar="N[,N...]", rich_help_panel=_MODEL_PANEL, show_default=False, help="KV heads to end with; a list to compare.")
@@ -393,8 +392,7 @@ def regroup(
             else:
                 target = out if out is not None else Path(default_out(model, f"kv{targets[0]}"))
                 chosen = (inits or [_INITS[0]])[0]
-                command = shlex.join(["attnconvert", *ctx.obj])
-                report = regrouping.regroup_model(model, targets[0], target, init=chosen, overwrite=overwrite, command=command, **common)
+                report = regrouping.regroup_model(model, targets[0], target, init=chosen, overwrite=overwrite, **common)
     if as_json:
         _print_json(report.to_dict())
         return

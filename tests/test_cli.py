@@ -77,7 +77,22 @@ def test_help_takes_under_half_a_second() -> None:
     assert min(seconds) < 0.5, seconds
 
 
-COMMANDS = ("linearize", "convert", "plan", "merge", "evaluate-converted", "bench", "push", "card", "compare", "generate", "methods", "doctor", "recipes")
+COMMANDS = (
+    "linearize",
+    "convert",
+    "regroup",
+    "plan",
+    "merge",
+    "evaluate-converted",
+    "bench",
+    "push",
+    "card",
+    "compare",
+    "generate",
+    "methods",
+    "doctor",
+    "recipes",
+)
 
 
 def test_help_names_every_command(capsys: Capture) -> None:
