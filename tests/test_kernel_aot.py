@@ -99,7 +99,7 @@ def test_every_architecture_compiles_its_own_blocks(report):
 def test_blocks_of_forward_and_backward_fit_each_other(arch, narrow, between):
     kernels = pytest.importorskip("attnconvert.kernels.linear.triton")
     for head_dim, features in itertools.product((32, 64, 80, 96, 128, 256), (16, 32, 64, 128)):
-        blocks = kernels._blocks(head_dim, features, 4, narrow, arch, between)
+        blocks = kernels._blocks(head_dim, features, narrow, arch, between)
         assert blocks["GBM"] == blocks["GBN"]  # the two gradient kernels split the pairs between window, sinks and states alike
         for distance in ("CS", "RCS"):
             assert not [name for name in ("BM", "BN", "GBM", "GBN") if blocks[distance] % blocks[name]], (head_dim, features)

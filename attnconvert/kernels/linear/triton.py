@@ -935,8 +935,8 @@ def _arch(device: torch.device) -> int:
 
 
 @functools.cache
-def _blocks(D: int, F: int, R: int, narrow: bool, arch: int = 90, between: bool = False) -> dict[str, Any]:
-    """Block sizes, warps and stages per kernel for a head_dim D, F features per half, R query heads per state; narrow: bf16 or fp16; arch: `_arch`."""
+def _blocks(D: int, F: int, narrow: bool, arch: int = 90, between: bool = False) -> dict[str, Any]:
+    """Block sizes, warps and stages per kernel for a head_dim D, F features per half; narrow: bf16 or fp16; arch: `_arch`."""
     DP, FP = _pow2(D), _pow2(F)
     large, wide = DP * FP > 128 * 64, DP > 128
     # ptxas gives up on some kernels that must spill and compiles them for 32 or 128 registers; told the maximum it takes it, and spills a third
@@ -966,7 +966,7 @@ def _blocks(D: int, F: int, R: int, narrow: bool, arch: int = 90, between: bool 
             "map": {"num_warps": 8 if large else 4, "num_stages": 2},
         }
     return {
-        "DP": DP, "FP": FP, "BV": min(DP, MAX_VALUE_BLOCK), "CS": STATE_DISTANCE, "RCS": STATE_DISTANCE, "BM": rows, "BN": rows, "GBM": grad_rows, "GBN": grad_rows, **options,
+        "DP": DP, "FP": FP, "BV": min(DP, MAX_VALUE_BLOCK), "CS": STATE_DISTANCE, "BM": rows, "BN": rows, "GBM": grad_rows, "GBN": grad_rows, **options,
     }  # fmt: skip
 
 
@@ -1040,7 +1040,7 @@ def _forward(
     R = H // GS
     F = query_map.shape[-1] if query_map is not None else 16
     narrow = q.dtype != torch.float32
-    blocks = _blocks(D, F, R, narrow, _arch(q.device), between)
+    blocks = _blocks(D, F, narrow, _arch(q.device), between)
     DP, FP, BV, CS, BM, BN = (blocks[name] for name in ("DP", "FP", "BV", "CS", "BM", "BN"))
     LT, state_dtype, precision = _linear_type(q.dtype)
     if fold is not None and num_sinks:
@@ -1098,8 +1098,8 @@ def _backward(
     R = H // GS
     F = query_map.shape[-1] if query_map is not None else 16
     narrow = q.dtype != torch.float32
-    blocks = _blocks(D, F, R, narrow, _arch(q.device), between)
-    DP, FP, BV, CS, RCS, BM, BN = (blocks[name] for name in ("DP", "FP", "BV", "CS", "RCS", "GBM", "GBN"))
+    blocks = _blocks(D, F, narrow, _arch(q.device), between)
+    DP, FP, BV, CS, BM, BN = (blocks[name] for name in ("DP", "FP", "BV", "CS", "GBM", "GBN"))
     LT, state_dtype, precision = _linear_type(q.dtype)
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
@@ -1112,25 +1112,23 @@ def _backward(
     tiles = -(-T // BM)
     wq, wk, gq, gk = query_map, key_map, query_gate, key_gate
     reverse = reverse_norms = reverse_segments = None
-    reverse_chunks = -(-T // RCS)
-    seg_chunks, num_segs = _segments(reverse_chunks, _state_programs(B, GS, D))
+    num_chunks = -(-T // CS)
+    seg_chunks, num_segs = _segments(num_chunks, _state_programs(B, GS, D))
     if linear:
         assert wq is not None
         assert wk is not None
-        reverse = new(B * GS, reverse_chunks, 2, F, D, dtype=state_dtype)
-        reverse_norms = new(B * GS, reverse_chunks, 2, F, dtype=fp32)
+        reverse = new(B * GS, num_chunks, 2, F, D, dtype=state_dtype)
+        reverse_norms = new(B * GS, num_chunks, 2, F, dtype=fp32)
         reverse_segments = new(B * GS, num_segs, size, dtype=fp32)
         reverse_state_kernel[(num_segs * 2, B * GS, -(-D // BV))](
             q, grad, lse, row_max, delta, wq, gq, log_weight, start, reverse, reverse_norms, reverse_segments,
-            q.stride(0), q.stride(1), q.stride(2), grad.stride(0), grad.stride(1), grad.stride(2), T, reverse_chunks, seg_chunks, num_segs, GS,
-            R=R, D=D, DP=DP, BV=BV, F=F, FP=FP, CS=RCS, BM=blocks["BM"], GATES=gates, WINDOW_MAX=window_max, HAS_START=has_start, LT=LT, PREC=precision, **blocks["reverse"],
+            q.stride(0), q.stride(1), q.stride(2), grad.stride(0), grad.stride(1), grad.stride(2), T, num_chunks, seg_chunks, num_segs, GS,
+            R=R, D=D, DP=DP, BV=BV, F=F, FP=FP, CS=CS, BM=blocks["BM"], GATES=gates, WINDOW_MAX=window_max, HAS_START=has_start, LT=LT, PREC=precision, **blocks["reverse"],
         )  # fmt: skip
         if num_segs > 1:
             prefix_kernel[(B * GS, -(-size // 1024))](
-                reverse_segments, None, start, T, num_segs, seg_chunks * RCS, size, GS, HAS_START=has_start, HAS_INITIAL=False, REVERSE=True, BLOCK_SIZE=1024, num_warps=4
+                reverse_segments, None, start, T, num_segs, seg_chunks * CS, size, GS, HAS_START=has_start, HAS_INITIAL=False, REVERSE=True, BLOCK_SIZE=1024, num_warps=4
             )  # fmt: skip
-    forward_chunks = -(-T // CS)
-    forward_seg_chunks, forward_segs = _segments(forward_chunks, _state_programs(B, GS, D))
     dy_q, dy_k = (new((B, heads, T, F) if linear else (0,), dtype=state_dtype) for heads in (H, GS))
     d_gate_q, d_gate_k = (new((B, heads, T) if gates else (0,), dtype=fp32) for heads in (H, GS))
     block_sums = new((2, B, H, tiles) if linear else (2, 0), dtype=fp32)  # of the log weight and the queries' gate power
@@ -1147,11 +1145,11 @@ def _backward(
     }  # fmt: skip
     query_grad_kernel[(B * GS * tiles * R,)](
         q, k, v, grad, lse, row_max, arg_max, delta, path, wq, wk, gq, gk, log_weight, states, norms, segments, start, dq, dy_q, d_gate_q, d_power_q, d_log, d_sink,
-        *strides, T, tiles, forward_chunks, forward_seg_chunks, forward_segs, GS, num_sinks, scale, CS=CS, SB=_pow2(num_sinks) if num_sinks else 0, SPLIT=forward_segs > 1, **flags, **blocks["query"],
+        *strides, T, tiles, num_chunks, seg_chunks, num_segs, GS, num_sinks, scale, CS=CS, SB=_pow2(num_sinks) if num_sinks else 0, SPLIT=num_segs > 1, **flags, **blocks["query"],
     )  # fmt: skip
     key_grad_kernel[(-(-T // BN), B * GS)](
         q, k, v, grad, lse, row_max, arg_max, delta, path, wq, wk, gq, gk, log_weight, reverse, reverse_norms, reverse_segments, start, dk, dv, dy_k, d_gate_k, d_power_k,
-        *strides, T, -(-T // BN), reverse_chunks, seg_chunks, num_segs, GS, num_sinks, scale, CS=RCS, SPLIT=num_segs > 1, **flags, **blocks["key"],
+        *strides, T, -(-T // BN), num_chunks, seg_chunks, num_segs, GS, num_sinks, scale, CS=CS, SPLIT=num_segs > 1, **flags, **blocks["key"],
     )  # fmt: skip
     if num_sinks:
         runs = tiles if has_start else 1
@@ -1435,16 +1433,16 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
     """
     configs = []
     for label, D, F, R, changes, kernels in _SHIPPED:
-        blocks = _blocks(D, F, R, True, arch, changes.get("BETWEEN", False))
+        blocks = _blocks(D, F, True, arch, changes.get("BETWEEN", False))
         grad = {"BM": blocks["GBM"], "BN": blocks["GBN"]}
         own = {
             state_kernel: ({}, blocks["state"]),
             prefix_kernel: ({}, {"num_warps": 4}),
             output_kernel: ({}, blocks["output"]),
             delta_kernel: ({"BM": 64}, {"num_warps": 4}),
-            reverse_state_kernel: ({"CS": blocks["RCS"]}, blocks["reverse"]),
+            reverse_state_kernel: ({}, blocks["reverse"]),
             query_grad_kernel: (grad, blocks["query"]),
-            key_grad_kernel: (grad | {"CS": blocks["RCS"]}, blocks["key"]),
+            key_grad_kernel: (grad, blocks["key"]),
             map_grad_kernel: ({}, blocks["map"]),
             sink_grad_kernel: (grad, {"num_warps": 8}),
         }
