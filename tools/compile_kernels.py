@@ -3,7 +3,8 @@
 A kernel that spills registers, or asks for more shared memory than a block may have, is seen only on the GPU in question, and then as
 a slow run or a launch error. ptxas knows both. For each configuration and architecture this prints registers, stack, shared memory and
 tensor-core instructions; exit status 1 when a stack is above the configuration's `max_stack` (0 unless it says otherwise), when the
-machine code touches local memory of a configuration whose `max_stack` is 0, when shared memory is above the block limit, or when nothing compiled.
+machine code touches local memory of a configuration whose `max_stack` is 0, when ptxas made an address from the stack pointer, when shared memory is
+above the block limit, or when nothing compiled.
 
     python tools/compile_kernels.py --arch sm_90 --filter 'forward.*128'
 """
@@ -86,6 +87,8 @@ def compile_config(module: str, index: int, arch: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from attnconvert.kernels.linear.machine_code import uses_of_stack_pointer
+
     config = configs(module, arch)[index]
     signature: dict[str, str] = {}
     divisible: dict[tuple[int], list[list[Any]]] = {}
@@ -119,6 +122,9 @@ def compile_config(module: str, index: int, arch: str) -> Compiled:
         problems.append(f"{stack} B of stack, {config.max_stack} accepted")
     if local and not config.max_stack:
         problems.append(f"{local} local-memory instructions")
+    wrong = uses_of_stack_pointer(kernel.asm["cubin"])
+    if wrong:
+        problems.append(f"an address made from the stack pointer at {wrong[0]}: miscompiled by ptxas, see kernels/linear/machine_code.py")
     if shared > SHARED_LIMIT[arch]:
         problems.append(f"{shared} B of shared memory, a block may have {SHARED_LIMIT[arch]}")
     if "tt.dot" in kernel.asm["ttir"] and hgmma + hmma == 0:

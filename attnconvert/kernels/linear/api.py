@@ -53,7 +53,7 @@ def refusal(
     """Why the Triton kernels cannot take these inputs, or None. with_state: an initial state, or a final one is asked for."""
     if not _HAS_TRITON:
         return "the package triton is not installed"
-    from attnconvert.kernels.linear.triton import refusal as kernel_refusal
+    from attnconvert.kernels.linear.triton_operator import refusal as kernel_refusal
 
     inputs = (q, k, v, query_map, key_map, linear_log_weight, query_gate, key_gate)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -92,7 +92,7 @@ def linear_attention(
     if impl == "reference" or why is not None:
         operator: Callable[..., LinearOutput] = _compiled_reference() if compile_reference else reference_linear_attention
     else:
-        from attnconvert.kernels.linear.triton import triton_linear_attention
+        from attnconvert.kernels.linear.triton_operator import triton_linear_attention
 
         operator = triton_linear_attention
     return operator(

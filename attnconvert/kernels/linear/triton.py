@@ -8,8 +8,8 @@ The maths and the names are reference.py's; docs/kernels.md draws the passes. Ge
 * `output_kernel` handles BM queries of a head: the state at x = the last multiple of CS before the first query's window, then the keys
   from x on that are already linear (none for a block window of CS), then softmax over sinks and window.
 * Backward: `reverse_state_kernel` sums a phi(q) dy^T from the end, `query_grad_kernel` and `key_grad_kernel` are parallel over blocks,
-  `sink_grad_kernel` adds up what far queries send to a document's first keys, `map_grad_kernel` contracts over tokens. Every sum has
-  one owner and a fixed order: two runs are bit-equal.
+  `sink_grad_kernel` adds up what far queries send to a document's first keys, `map_grad_kernel` contracts over tokens, in parts that
+  `parameter_grad_kernel` adds. Every sum has one owner and a fixed order: two runs are bit-equal.
 
 A pair (query n, key i) is handled exactly once: by the window loop of n's block if i >= its first key block, else by the sink block if i is a
 sink, else by the state or the linear loop. `key_grad_kernel` draws the same lines from the key's side.
@@ -20,11 +20,7 @@ Inside, logits and log-sums are in units of log 2 (exp2 is the hardware's expone
 from __future__ import annotations
 
 import functools
-import hashlib
 from typing import Any
-
-import torch
-from torch import Tensor
 
 try:  # guarded: transformers refuses a checkpoint whose files import, unguarded, a package that is not there
     import triton
@@ -32,19 +28,7 @@ try:  # guarded: transformers refuses a checkpoint whose files import, unguarded
 except ImportError as error:
     raise ImportError("the Triton kernels of attnconvert need the package triton (Linux, NVIDIA GPU)") from error
 
-from attnconvert.kernels.linear.reference import (
-    FEATURE_FLOOR,
-    GATE_LIMIT,
-    LinearOutput,
-    LinearState,
-    _next_state,
-    empty_state,
-    feature_map,
-    last_keys,
-    normalizer,
-    num_back_chunks,
-    window_start,
-)
+from attnconvert.kernels.linear.reference import FEATURE_FLOOR, GATE_LIMIT
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -119,7 +103,7 @@ def _feature(y, projected, power, keep, AXIS: tl.constexpr, F: tl.constexpr, EVE
     if not EVEN:
         y = tl.where(keep, y, NEG)
     largest = tl.max(y, AXIS, keep_dims=True)
-    e = tl.exp2((y - largest) * LOG2E)
+    e = tl.exp2(y * LOG2E - largest * LOG2E)
     total = tl.sum(e, AXIS, keep_dims=True)
     if GATES:
         gate = projected + power * (largest + (tl.log2(total) - tl.log2(tl.full([], F, tl.float32))) * LN2)
@@ -139,7 +123,7 @@ def _feature_grad(y, grad, projected, power, keep, F: tl.constexpr, EVEN: tl.con
     if not EVEN:
         y = tl.where(keep, y, NEG)
     largest = tl.max(y, 1, keep_dims=True)
-    share = tl.exp2((y - largest) * LOG2E)
+    share = tl.exp2(y * LOG2E - largest * LOG2E)
     total = tl.sum(share, 1, keep_dims=True)
     share = share * (1.0 / total)
     if GATES:
@@ -171,23 +155,13 @@ def _projection(x, GATE, od, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def _state_half(S, SEG, offset, seg_offset, use_seg, of, ov, F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLIT: tl.constexpr, TRANSPOSED: tl.constexpr, LT: tl.constexpr):  # fmt: skip
-    """One half [F, D] (or [D, F]) of a stored state plus its segment's start."""
+def _state_half(S, offset, used, of, ov, F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """One half [F, D] (or [D, F]) of a stored state, or of what its segment starts from; zeros where not used."""
+    end = tl.where(used, F, 0)
     if TRANSPOSED:
-        inner = of[None, :] * D + ov[:, None]
-        ok = (of < F)[None, :] & (ov < D)[:, None]
-        seg_ok = (of < tl.where(use_seg, F, 0))[None, :] & (ov < D)[:, None]
+        return tl.load(S + offset + of[None, :] * D + ov[:, None], mask=(of < end)[None, :] & (ov < D)[:, None], other=0.0)
     else:
-        inner = of[:, None] * D + ov[None, :]
-        ok = (of < F)[:, None] & (ov < D)[None, :]
-        seg_ok = (of < tl.where(use_seg, F, 0))[:, None] & (ov < D)[None, :]
-    if F == FP and D == DP:
-        state = tl.load(S + offset + inner)
-    else:
-        state = tl.load(S + offset + inner, mask=ok, other=0.0)
-    if SPLIT:
-        state = (state.to(tl.float32) + tl.load(SEG + seg_offset + inner, mask=seg_ok, other=0.0)).to(LT)
-    return state
+        return tl.load(S + offset + of[:, None] * D + ov[None, :], mask=(of < end)[:, None] & (ov < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -275,12 +249,13 @@ def _segment_total(SEG, bg, step, NUM_SEGS, SIZE, index, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _advance(SEG, START, bg, b, step, carry, total, T, NUM_SEGS, SEG_TOKENS, SIZE, index, HAS_START: tl.constexpr, REVERSE: tl.constexpr):
+def _advance(SEG, CARRY, START, bg, b, step, carry, total, T, NUM_SEGS, SEG_TOKENS, SIZE, STATE_SIZE, index, HAS_START: tl.constexpr, REVERSE: tl.constexpr):
     """Stores what the step-th segment starts from and returns what the next one does."""
     seg = step
     if REVERSE:
         seg = NUM_SEGS - 1 - step
     tl.store(SEG + (bg * NUM_SEGS + seg) * SIZE + index, carry, mask=index < tl.where(step < NUM_SEGS, SIZE, 0))
+    tl.store(CARRY + (bg * NUM_SEGS + seg) * STATE_SIZE + index, carry.to(CARRY.dtype.element_ty), mask=index < tl.where(step < NUM_SEGS, STATE_SIZE, 0))
     if HAS_START:
         first = tl.maximum(seg, 0) * SEG_TOKENS
         after = first + SEG_TOKENS
@@ -294,8 +269,8 @@ def _advance(SEG, START, bg, b, step, carry, total, T, NUM_SEGS, SEG_TOKENS, SIZ
 
 
 @triton.jit
-def prefix_kernel(SEG, INITIAL, START, T, NUM_SEGS, SEG_TOKENS, SIZE, GS, HAS_START: tl.constexpr, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK_SIZE: tl.constexpr):  # fmt: skip
-    """Exclusive scan of the segments' totals, in place. SEG [B * GS, NUM_SEGS, SIZE], INITIAL [B * GS, SIZE]."""
+def prefix_kernel(SEG, CARRY, INITIAL, START, T, NUM_SEGS, SEG_TOKENS, SIZE, STATE_SIZE, GS, HAS_START: tl.constexpr, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK_SIZE: tl.constexpr):  # fmt: skip
+    """Exclusive scan of the segments' totals, in place, and of their states for products: SEG [B * GS, NUM_SEGS, SIZE], CARRY [B * GS, NUM_SEGS, STATE_SIZE], INITIAL [B * GS, SIZE]."""
     bg = tl.program_id(0).to(tl.int64)
     b = bg // GS
     index = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -309,15 +284,15 @@ def prefix_kernel(SEG, INITIAL, START, T, NUM_SEGS, SEG_TOKENS, SIZE, GS, HAS_ST
         total_1 = _segment_total(SEG, bg, group * 4 + 1, NUM_SEGS, SIZE, index, REVERSE)
         total_2 = _segment_total(SEG, bg, group * 4 + 2, NUM_SEGS, SIZE, index, REVERSE)
         total_3 = _segment_total(SEG, bg, group * 4 + 3, NUM_SEGS, SIZE, index, REVERSE)
-        carry = _advance(SEG, START, bg, b, group * 4, carry, total_0, T, NUM_SEGS, SEG_TOKENS, SIZE, index, HAS_START, REVERSE)
-        carry = _advance(SEG, START, bg, b, group * 4 + 1, carry, total_1, T, NUM_SEGS, SEG_TOKENS, SIZE, index, HAS_START, REVERSE)
-        carry = _advance(SEG, START, bg, b, group * 4 + 2, carry, total_2, T, NUM_SEGS, SEG_TOKENS, SIZE, index, HAS_START, REVERSE)
-        carry = _advance(SEG, START, bg, b, group * 4 + 3, carry, total_3, T, NUM_SEGS, SEG_TOKENS, SIZE, index, HAS_START, REVERSE)
+        carry = _advance(SEG, CARRY, START, bg, b, group * 4, carry, total_0, T, NUM_SEGS, SEG_TOKENS, SIZE, STATE_SIZE, index, HAS_START, REVERSE)
+        carry = _advance(SEG, CARRY, START, bg, b, group * 4 + 1, carry, total_1, T, NUM_SEGS, SEG_TOKENS, SIZE, STATE_SIZE, index, HAS_START, REVERSE)
+        carry = _advance(SEG, CARRY, START, bg, b, group * 4 + 2, carry, total_2, T, NUM_SEGS, SEG_TOKENS, SIZE, STATE_SIZE, index, HAS_START, REVERSE)
+        carry = _advance(SEG, CARRY, START, bg, b, group * 4 + 3, carry, total_3, T, NUM_SEGS, SEG_TOKENS, SIZE, STATE_SIZE, index, HAS_START, REVERSE)
 
 
 @triton.jit
 def output_kernel(
-    Q, K, V, O, LSE, ROW_MAX, ARG_MAX, WQ, WK, GQ, GK, LOG_WEIGHT, S, Z, SEG, START, FOLD,
+    Q, K, V, O, LSE, ROW_MAX, ARG_MAX, WQ, WK, GQ, GK, LOG_WEIGHT, S, Z, SEG, CARRY, START, FOLD,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, T, P, NUM_TILES, NUM_CHUNKS, SEG_CHUNKS, NUM_SEGS, GS, A, scale,
     R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, CS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SB: tl.constexpr,
     LINEAR: tl.constexpr, BETWEEN: tl.constexpr, GATES: tl.constexpr, WINDOW_MAX: tl.constexpr, HAS_START: tl.constexpr, HAS_FOLD: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr, LT: tl.constexpr, PREC: tl.constexpr,
@@ -370,23 +345,55 @@ def output_kernel(
         sink_s = tl.exp2(sink_s - tl.where(largest == NEG, 0.0, largest)[:, None])
         total = tl.sum(sink_s, 1)
         acc = tl.dot(sink_s.to(sink_v.dtype), sink_v, acc, input_precision=PREC)
-    for block in range(k_soft // BN, tl.cdiv(k_end, BN)):
-        i = block * BN + on
-        key_ok = i < TK
-        k = _tile(K + block * BN * k_step, on, k_st, key_ok, od, D, EVEN_D)
-        v = _tile(V + block * BN * v_step, on, v_st, key_ok, ov, D, EVEN_D)
-        s = tl.dot(q, tl.trans(k), input_precision=PREC) * scale2
-        soft = _in_softmax(i[None, :], n[:, None], start[:, None], lo[:, None], A, BETWEEN)
-        s = tl.where(soft, s, NEG)
-        block_max = tl.max(s, 1)
+    if BETWEEN or not BLOCK or C != BN or BM != BN or DP * FP > 128 * 64:  # more columns spill
+        for block in range(k_soft // BN, tl.cdiv(k_end, BN)):
+            i = block * BN + on
+            key_ok = i < TK
+            k = _tile(K + block * BN * k_step, on, k_st, key_ok, od, D, EVEN_D)
+            v = _tile(V + block * BN * v_step, on, v_st, key_ok, ov, D, EVEN_D)
+            s = tl.dot(q, tl.trans(k), input_precision=PREC)
+            soft = _in_softmax(i[None, :], n[:, None], start[:, None], lo[:, None], A, BETWEEN)
+            s = tl.where(soft, s, NEG)
+            block_max = tl.max(s, 1) * scale2
+            if WINDOW_MAX:
+                arg = tl.where(block_max > largest, block * BN + tl.argmax(s, 1), arg)
+            new = tl.maximum(largest, block_max)
+            safe = tl.where(new == NEG, 0.0, new)
+            p = tl.exp2(s * scale2 - safe[:, None])
+            decay = tl.exp2(largest - safe)
+            total = total * decay + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PREC)
+            largest = new
+    else:
+        # the two blocks of the default window: one maximum and no rescaling
+        own = P + t0
+        own_ok = own + on < TK
+        earlier = own > first_lo
+        earlier_ok = on >= tl.where(earlier, 0, BN)
+        k = _tile(K + (own - BN) * k_step, on, k_st, earlier_ok, od, D, EVEN_D)
+        s = tl.dot(q, tl.trans(k), input_precision=PREC)
+        k = _tile(K + own * k_step, on, k_st, own_ok, od, D, EVEN_D)
+        own_s = tl.dot(q, tl.trans(k), input_precision=PREC)
+        own_s = tl.where((on[None, :] <= om[:, None]) & (own >= first_start), own_s, NEG)
+        off = tl.where(earlier, 0.0, NEG)
+        block_max = tl.max(s, 1) * scale2 + off
+        own_max = tl.max(own_s, 1) * scale2
         if WINDOW_MAX:
-            arg = tl.where(block_max > largest, block * BN + tl.argmax(s, 1), arg)
-        new = tl.maximum(largest, block_max)
+            arg = tl.where(block_max > largest, own - BN + tl.argmax(s, 1), arg)
+            arg = tl.where(own_max > tl.maximum(largest, block_max), own + tl.argmax(own_s, 1), arg)
+        new = tl.maximum(largest, tl.maximum(block_max, own_max))
         safe = tl.where(new == NEG, 0.0, new)
-        p = tl.exp2(s - safe[:, None])
-        decay = tl.exp2(largest - safe)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PREC)
+        v = _tile(V + (own - BN) * v_step, on, v_st, earlier_ok, ov, D, EVEN_D)
+        p = tl.exp2(s * scale2 + (off - safe)[:, None])
+        own_p = tl.exp2(own_s * scale2 - safe[:, None])
+        if SB > 0:
+            decay = tl.exp2(largest - safe)
+            total *= decay
+            acc *= decay[:, None]
+        total += tl.sum(p, 1) + tl.sum(own_p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PREC)
+        v = _tile(V + own * v_step, on, v_st, own_ok, ov, D, EVEN_D)
+        acc = tl.dot(own_p.to(v.dtype), v, acc, input_precision=PREC)
         largest = new
 
     if LINEAR:
@@ -406,6 +413,7 @@ def output_kernel(
         seg = chunk // SEG_CHUNKS
         use_seg = first_start < seg * SEG_CHUNKS * CS
         seg_at = (bg.to(tl.int64) * NUM_SEGS + seg) * (2 * F * D + 2 * F)
+        carry_at = (bg.to(tl.int64) * NUM_SEGS + seg) * (2 * F * D)
         here = tl.where(carried, 1.0, 0.0)
         low = start + A
         if HAS_FOLD:
@@ -416,9 +424,17 @@ def output_kernel(
         for half in tl.static_range(2):
             phi = _feature(y * (1 - 2 * half), projected, power, keep_f, 1, F, EVEN_F, GATES)
             norm = _norm_half(Z, SEG, at + half * F, seg_at + 2 * F * D + half * F, use_seg, of, F, SPLIT)
-            mass += here * tl.sum(phi * norm[None, :], 1)
-            state = _state_half(S, SEG, (at + half * F) * D, seg_at + half * F * D, use_seg, of, ov, F, FP, D, DP, SPLIT, False, LT)
-            far = tl.dot((phi * here[:, None]).to(LT), state, far, input_precision=PREC)
+            if BETWEEN:
+                mass += here * tl.sum(phi * norm[None, :], 1)
+            else:
+                mass += tl.sum(phi * norm[None, :], 1)
+            if BETWEEN:
+                far_phi = (phi * here[:, None]).to(LT)
+            else:
+                far_phi = phi.to(LT)
+            far = tl.dot(far_phi, _state_half(S, (at + half * F) * D, True, of, ov, F, FP, D, DP, False), far, input_precision=PREC)
+            if SPLIT:
+                far = tl.dot(far_phi, _state_half(CARRY, carry_at + half * F * D, use_seg, of, ov, F, FP, D, DP, False), far, input_precision=PREC)
             if BETWEEN:
                 for block in range(x // BN, tl.cdiv(hi, BN)):
                     i = block * BN + on
@@ -442,11 +458,12 @@ def output_kernel(
         shift = shift + tl.zeros([BM], tl.float32)
         if WINDOW_MAX:
             shift += safe
+        if not BETWEEN:
+            mass *= here
         linear_max = tl.where(mass > 0.0, shift + tl.log2(tl.where(mass > 0.0, mass, 1.0)), NEG)
         top = tl.maximum(largest, linear_max)
         top = tl.where(top == NEG, 0.0, top)
         soft_scale, linear_scale = tl.exp2(largest - top), tl.where(mass > 0.0, tl.exp2(shift - top), 0.0)
-        acc = acc * soft_scale[:, None] + far * linear_scale[:, None]
         total = total * soft_scale + mass * linear_scale
         largest_out = safe
         largest = top
@@ -455,7 +472,11 @@ def output_kernel(
         largest_out = largest
     seen = total > 0.0
     total = tl.where(seen, total, 1.0)
-    acc = tl.where(seen[:, None], acc / total[:, None], 0.0)
+    inverse = tl.where(seen, 1.0 / total, 0.0)
+    if LINEAR:
+        acc = acc * (soft_scale * inverse)[:, None] + far * (linear_scale * inverse)[:, None]
+    else:
+        acc = acc * inverse[:, None]
     # out is [B, T, H, D], contiguous
     H = GS * R
     out = O + ((b * T + t0) * H + h) * D + om[:, None] * (H * D) + ov[None, :]
@@ -554,7 +575,7 @@ def reverse_state_kernel(
 
 @triton.jit
 def query_grad_kernel(
-    Q, K, V, DO, LSE, ROW_MAX, ARG_MAX, DELTA, PATH, WQ, WK, GQ, GK, LOG_WEIGHT, S, Z, SEG, START, DQ, DY, DGATE, DPOWER, DLOG, DSINK,
+    Q, K, V, DO, LSE, ROW_MAX, ARG_MAX, DELTA, PATH, WQ, WK, GQ, GK, LOG_WEIGHT, S, Z, SEG, CARRY, START, DQ, DY, DGATE, DPOWER, DLOG, DSINK,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh, T, NUM_TILES, NUM_CHUNKS, SEG_CHUNKS, NUM_SEGS, GS, A, scale,
     R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, CS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SB: tl.constexpr,
     LINEAR: tl.constexpr, BETWEEN: tl.constexpr, GATES: tl.constexpr, WINDOW_MAX: tl.constexpr, HAS_START: tl.constexpr, SPLIT: tl.constexpr, LT: tl.constexpr, PREC: tl.constexpr,
@@ -608,6 +629,7 @@ def query_grad_kernel(
         seg = chunk // SEG_CHUNKS
         use_seg = first_start < seg * SEG_CHUNKS * CS
         seg_at = (bg.to(tl.int64) * NUM_SEGS + seg) * (2 * F * D + 2 * F)
+        carry_at = (bg.to(tl.int64) * NUM_SEGS + seg) * (2 * F * D)
         here = tl.where(carried, factor, 0.0)
         hi = tl.minimum(tl.max(tl.where(row_ok, lo, 0), 0), k_end)
         weight = _map(WQ + h * D * F, of, od, F, FP, D, DP, False)
@@ -621,9 +643,11 @@ def query_grad_kernel(
         d_y = tl.zeros([BM, FP], tl.float32)
         d_gate, d_power = tl.zeros([BM, 1], tl.float32), tl.zeros([BM, 1], tl.float32)
         for half in tl.static_range(2):
-            state = _state_half(S, SEG, (at + half * F) * D, seg_at + half * F * D, use_seg, of, od, F, FP, D, DP, SPLIT, True, LT)
             norm = _norm_half(Z, SEG, at + half * F, seg_at + 2 * F * D + half * F, use_seg, of, F, SPLIT)
-            grad = (tl.dot(dy.to(LT), state, input_precision=PREC) - delta[:, None] * norm[None, :]) * here[:, None]
+            grad = tl.dot(dy.to(LT), _state_half(S, (at + half * F) * D, True, of, od, F, FP, D, DP, True), input_precision=PREC)
+            if SPLIT:
+                grad = tl.dot(dy.to(LT), _state_half(CARRY, carry_at + half * F * D, use_seg, of, od, F, FP, D, DP, True), grad, input_precision=PREC)
+            grad = (grad - delta[:, None] * norm[None, :]) * here[:, None]
             if BETWEEN:
                 for block in range(x // BN, tl.cdiv(hi, BN)):
                     i = block * BN + on
@@ -652,10 +676,9 @@ def query_grad_kernel(
             tl.store(DGATE + row, gate, mask=row_ok)
             tl.store(DPOWER + (b * H + h) * NUM_TILES + tile, tl.sum(tl.where(row_ok, tl.sum(d_power, 1), 0.0), 0))
         tl.store(DLOG + (b * H + h) * NUM_TILES + tile, tl.sum(tl.where(row_ok, path, 0.0), 0))
-        if WINDOW_MAX:
-            tl.store(PATH + row, path, mask=row_ok)
     arg = om * 0 - 1
     if WINDOW_MAX:
+        tl.store(PATH + row, path, mask=row_ok)
         arg = tl.load(ARG_MAX + row, mask=row_ok, other=-1)
 
     dq_soft = tl.zeros([BM, DP], tl.float32)
@@ -699,7 +722,7 @@ def query_grad_kernel(
 
 @triton.jit
 def key_grad_kernel(
-    Q, K, V, DO, LSE, ROW_MAX, ARG_MAX, DELTA, PATH, WQ, WK, GQ, GK, LOG_WEIGHT, S, Z, SEG, START, DK, DV, DY, DGATE, DPOWER,
+    Q, K, V, DO, LSE, ROW_MAX, ARG_MAX, DELTA, PATH, WQ, WK, GQ, GK, LOG_WEIGHT, S, Z, SEG, CARRY, START, DK, DV, DY, DGATE, DPOWER,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh, T, NUM_TILES, NUM_CHUNKS, SEG_CHUNKS, NUM_SEGS, GS, A, scale,
     R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, CS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     LINEAR: tl.constexpr, BETWEEN: tl.constexpr, GATES: tl.constexpr, WINDOW_MAX: tl.constexpr, HAS_START: tl.constexpr, SPLIT: tl.constexpr, LT: tl.constexpr, PREC: tl.constexpr,
@@ -746,6 +769,7 @@ def key_grad_kernel(
         if HAS_START:
             use_seg = use_seg & (tl.load(START + b * T + tl.minimum(seg_end, T - 1)) == document)
         seg_at = (bg.to(tl.int64) * NUM_SEGS + seg) * (2 * F * D + 2 * F)
+        carry_at = (bg.to(tl.int64) * NUM_SEGS + seg) * (2 * F * D)
         d_y = tl.zeros([BN, FP], tl.float32)
         d_gate, d_power = tl.zeros([BN, 1], tl.float32), tl.zeros([BN, 1], tl.float32)
         # queries between the windows and the state
@@ -753,11 +777,14 @@ def key_grad_kernel(
         between_steps = (tl.cdiv(tl.minimum(far_at, T), BM) - first_tile) * R
         for half in tl.static_range(2):
             phi = _feature(y * (1 - 2 * half), projected, power, keep_f, 1, F, EVEN_F, GATES)
-            state = _state_half(S, SEG, (at + half * F) * D, seg_at + half * F * D, use_seg, of, od, F, FP, D, DP, SPLIT, False, LT)
-            dv = tl.dot((phi * reached[:, None]).to(LT), state, dv, input_precision=PREC)
-            turned = _state_half(S, SEG, (at + half * F) * D, seg_at + half * F * D, use_seg, of, od, F, FP, D, DP, SPLIT, True, LT)
+            far_phi = (phi * reached[:, None]).to(LT)
+            dv = tl.dot(far_phi, _state_half(S, (at + half * F) * D, True, of, od, F, FP, D, DP, False), dv, input_precision=PREC)
+            grad = tl.dot(v.to(LT), _state_half(S, (at + half * F) * D, True, of, od, F, FP, D, DP, True), input_precision=PREC)
+            if SPLIT:
+                dv = tl.dot(far_phi, _state_half(CARRY, carry_at + half * F * D, use_seg, of, od, F, FP, D, DP, False), dv, input_precision=PREC)
+                grad = tl.dot(v.to(LT), _state_half(CARRY, carry_at + half * F * D, use_seg, of, od, F, FP, D, DP, True), grad, input_precision=PREC)
             norm = _norm_half(Z, SEG, at + half * F, seg_at + 2 * F * D + half * F, use_seg, of, F, SPLIT)
-            grad = (tl.dot(v.to(LT), turned, input_precision=PREC) - norm[None, :]) * reached[:, None]
+            grad = (grad - norm[None, :]) * reached[:, None]
             if BETWEEN:
                 for step in range(between_steps):
                     t0 = (first_tile + step // R) * BM
@@ -910,34 +937,80 @@ def map_grad_kernel(
         tl.store(out + HEADS * D * F + h * D + od, direction, mask=od < D)
 
 
-# Host side. Shapes and the architecture decide everything: no autotuning, and the number of segments does not depend on the device.
+@triton.jit
+def round_kernel(X_Q, X_K, OUT_Q, OUT_K, SIZE_Q, SIZE_K, BLOCK_SIZE: tl.constexpr):
+    """OUT = X in OUT's type, for two tensors: program_id(1) is 0 for X_Q [SIZE_Q], 1 for X_K [SIZE_K]."""
+    index = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    if tl.program_id(1) == 0:
+        tl.store(OUT_Q + index, tl.load(X_Q + index, mask=index < SIZE_Q, other=0.0).to(OUT_Q.dtype.element_ty), mask=index < SIZE_Q)
+    else:
+        tl.store(OUT_K + index, tl.load(X_K + index, mask=index < SIZE_K, other=0.0).to(OUT_K.dtype.element_ty), mask=index < SIZE_K)
+
+
+@triton.jit
+def _sum_over_blocks(X, h, HEADS, NUM_TILES, B, BLOCK_SIZE: tl.constexpr):
+    """Sum of X[:, h, :], X [B, HEADS, NUM_TILES]."""
+    total = tl.zeros([BLOCK_SIZE], tl.float32)
+    for first in range(0, B * NUM_TILES, BLOCK_SIZE):
+        at = first + tl.arange(0, BLOCK_SIZE)
+        total += tl.load(X + (at // NUM_TILES * HEADS + h) * NUM_TILES + at % NUM_TILES, mask=at < B * NUM_TILES, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _sum_parts(DW, DPOWER, DMAP, DGATE, pid, B, HEADS, NUM_TILES, NUM_SPLITS, D: tl.constexpr, F: tl.constexpr, BLOCK_SIZE: tl.constexpr, BS: tl.constexpr, GATES: tl.constexpr):  # fmt: skip
+    """DMAP [HEADS, D, F] and DGATE [HEADS, D + 1] from what `map_grad_kernel` left and DPOWER [B, HEADS, NUM_TILES]; the first HEADS programs have a power each."""
+    if pid < HEADS:
+        if GATES:
+            power = _sum_over_blocks(DPOWER, pid, HEADS, NUM_TILES, B, BLOCK_SIZE * BS)
+            tl.store(DGATE + pid * (D + 1) + D, power.to(DGATE.dtype.element_ty))
+    else:
+        SIZE: tl.constexpr = D * F + D if GATES else D * F
+        column, split = (pid - HEADS) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE), tl.arange(0, BS)
+        total = tl.zeros([BLOCK_SIZE], tl.float32)
+        for first in range(0, NUM_SPLITS, BS):
+            ok = (first + split < NUM_SPLITS)[:, None] & (column < HEADS * SIZE)[None, :]
+            total += tl.sum(tl.load(DW + (first + split)[:, None] * (HEADS * SIZE) + column[None, :], mask=ok, other=0.0), 0)
+        tl.store(DMAP + column, total.to(DMAP.dtype.element_ty), mask=column < HEADS * D * F)
+        if GATES:
+            gate = column - HEADS * D * F
+            tl.store(DGATE + gate // D * (D + 1) + gate % D, total.to(DGATE.dtype.element_ty), mask=(gate >= 0) & (column < HEADS * SIZE))
+
+
+@triton.jit
+def parameter_grad_kernel(
+    DW_Q, DW_K, DPOWER_Q, DPOWER_K, DLOG, DMAP_Q, DMAP_K, DGATE_Q, DGATE_K, DWEIGHT, B, H, GS, TILES_Q, TILES_K, SPLITS_Q, SPLITS_K,
+    D: tl.constexpr, F: tl.constexpr, BLOCK_SIZE: tl.constexpr, BS: tl.constexpr, GATES: tl.constexpr,
+):  # fmt: skip
+    """Adds up, in a fixed order, what the other kernels left in parts: gradients of maps, gates and log weight DWEIGHT [H]; program_id(1): queries, keys, log weight."""
+    pid = tl.program_id(0)
+    if tl.program_id(1) == 0:
+        _sum_parts(DW_Q, DPOWER_Q, DMAP_Q, DGATE_Q, pid, B, H, TILES_Q, SPLITS_Q, D, F, BLOCK_SIZE, BS, GATES)
+    elif tl.program_id(1) == 1:
+        _sum_parts(DW_K, DPOWER_K, DMAP_K, DGATE_K, pid, B, GS, TILES_K, SPLITS_K, D, F, BLOCK_SIZE, BS, GATES)
+    elif pid < H:
+        tl.store(DWEIGHT + pid, _sum_over_blocks(DLOG, pid, H, TILES_Q, B, BLOCK_SIZE * BS))
+
+
+# Host side, see triton_operator.py. Shapes and the architecture decide everything: no autotuning, and the number of segments does not depend on the device.
 TARGET_PROGRAMS = 264  # two per multiprocessor of an H100
 STATE_DISTANCE = 64  # tokens between stored states
 MAX_HEAD_DIM = 256
 MAX_VALUE_BLOCK = 128  # value columns of one program; wider heads are split
 MAX_FEATURES = 128  # per half
-# Ops are registered once per module: a copy of this file that travels with a checkpoint must not meet the package's, or another checkpoint's.
-NAMESPACE = "attnconvert" if __name__.startswith("attnconvert.") else "attnconvert_" + hashlib.sha256(__name__.encode()).hexdigest()[:12]
 
 
 def _pow2(x: int) -> int:
     return max(16, 1 << (x - 1).bit_length())
 
 
-# Read once, here: torch.compile traces `refusal` and can ask neither a device nor the environment.
-_INTERPRETED = triton.knobs.runtime.interpret
-_ARCHITECTURES = tuple(10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
-
-
-def _arch(device: torch.device) -> int:
-    """10 * major + minor of a GPU's compute capability; the interpreter on a CPU takes an H100's blocks."""
-    return _ARCHITECTURES[device.index or 0] if device.type == "cuda" else 90
-
-
 @functools.cache
 def _blocks(D: int, F: int, narrow: bool, arch: int = 90, between: bool = False) -> dict[str, Any]:
     """Block sizes, warps and stages per kernel for a head_dim D, F features per half; narrow: bf16 or fp16; arch: `_arch`."""
     DP, FP = _pow2(D), _pow2(F)
+    if DP > 64 and narrow and arch // 10 in (9, 10):
+        # ptxas 12.8 (Triton 3.6) gives products with 128 x 32 matrices an operand relative to the stack pointer; tools/compile_kernels.py looks for it
+        FP = max(FP, 64)
     large, wide = DP * FP > 128 * 64, DP > 128
     # ptxas gives up on some kernels that must spill and compiles them for 32 or 128 registers; told the maximum it takes it, and spills a third
     all_registers = {"maxnreg": 255}
@@ -970,404 +1043,20 @@ def _blocks(D: int, F: int, narrow: bool, arch: int = 90, between: bool = False)
     }  # fmt: skip
 
 
-def _segments(num_chunks: int, heads: int) -> tuple[int, int]:
-    """(chunks per segment, segments)."""
-    wanted = max(1, min(num_chunks, -(-TARGET_PROGRAMS // heads)))
-    per_segment = -(-num_chunks // wanted)
-    return per_segment, -(-num_chunks // per_segment)
-
-
-def _state_programs(B: int, GS: int, D: int) -> int:
-    """Programs of `state_kernel` per segment."""
-    return 2 * B * GS * (-(-D // min(_pow2(D), MAX_VALUE_BLOCK)))
-
-
-def _linear_type(dtype: torch.dtype) -> tuple[Any, torch.dtype, str]:
-    """(element type of the linear branch's products, of stored states, tl.dot precision): features and states outgrow fp16's range."""
-    if dtype == torch.bfloat16:
-        return tl.bfloat16, torch.bfloat16, "tf32"
-    if dtype == torch.float16:
-        return tl.float32, torch.float32, "tf32"
-    return tl.float32, torch.float32, "ieee"
-
-
-def refusal(q: Tensor, k: Tensor, *, query_map: Tensor | None, linear_log_weight: Tensor, needs_grad: bool, has_state: bool) -> str | None:
-    """Why the kernels cannot take these inputs, or None.
-
-    Args: as `linear_attention`. needs_grad: some input requires a gradient. has_state: with an initial state, or a final state is asked for.
-    """
-    H, D = q.shape[2:]
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"dtype {q.dtype} is not bfloat16, float16 or float32"
-    if not q.is_cuda and not _INTERPRETED:
-        return f"the tensors are on {q.device.type}, the kernels need an NVIDIA GPU"
-    if D > MAX_HEAD_DIM:
-        return f"head_dim {D} is larger than {MAX_HEAD_DIM}"
-    if H % k.shape[2]:
-        return f"{H} query heads are not a multiple of {k.shape[2]} key-value heads"
-    if query_map is not None and query_map.shape[-1] > MAX_FEATURES:
-        return f"{query_map.shape[-1]} features per half are more than {MAX_FEATURES}"
-    if linear_log_weight.numel() not in (1, H):
-        return f"the log weight has shape {list(linear_log_weight.shape)}, not one value per head"
-    if q.is_cuda and query_map is not None:
-        # compiled ahead of time: these ask for more shared memory than a block has (8.0: 163 KiB; 8.6, 8.9, 12.x: 99 KiB)
-        arch, large = _arch(q.device), _pow2(D) * _pow2(query_map.shape[-1]) > 128 * 64
-        small = arch // 10 != 9 and arch // 10 != 10 and arch != 80
-        if (needs_grad and ((small and large) or (arch == 80 and D > 128))) or (small and D > 128 and q.dtype == torch.float16):
-            return f"head_dim {D} with {query_map.shape[-1]} features per half needs more shared memory than compute capability {arch / 10} has"
-    if needs_grad and has_state:
-        return "gradients through an initial or final state are left to the reference"
-    if needs_grad and q.dtype == torch.float16 and q.is_cuda:
-        # tests/test_gpu_kernels.py, block 24 with 20 sinks, head_dim 96: illegal memory access in the backward pass on an H100, cause not found
-        return "gradients of float16 inputs are left to the reference, train in bfloat16"
-    return None
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None,
-    fold: Tensor | None, initial: Tensor | None, final_chunk: Tensor | None, window_size: int, window_kind: str, num_sinks: int, prefix: int, scale: float, reference: str, between: bool, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The forward pass. Maps in q's dtype, gates and log_weight [H] fp32, all contiguous; start int32 [B, prefix + T]; see `output_kernel`.
-
-    With `fold` (an initial state) k and v are [B, num_sinks + prefix + T, Gs, D], else [B, T, Gs, D].
-
-    Returns:
-        output, lse, row_max, arg_max, states, norms, segments, final; what is not asked for is empty.
-    """
-    B, T, H, D = q.shape
-    linear = query_map is not None
-    GS = k.shape[2]
-    R = H // GS
-    F = query_map.shape[-1] if query_map is not None else 16
-    narrow = q.dtype != torch.float32
-    blocks = _blocks(D, F, narrow, _arch(q.device), between)
-    DP, FP, BV, CS, BM, BN = (blocks[name] for name in ("DP", "FP", "BV", "CS", "BM", "BN"))
-    LT, state_dtype, precision = _linear_type(q.dtype)
-    if fold is not None and num_sinks:
-        k, v = k[:, num_sinks:], v[:, num_sinks:]
-    TK = prefix + T
-    num_chunks = -(-TK // CS)
-    seg_chunks, num_segs = _segments(num_chunks, _state_programs(B, GS, D))
-    window_max = reference == "window_max"
-    size = 2 * F * D + 2 * F
-    new = q.new_empty
-    fp32 = torch.float32
-    output = new(B, T, H, D)
-    lse = new(B, H, T, dtype=fp32) if save else new(0, dtype=fp32)
-    row_max = new(B, H, T, dtype=fp32) if save and window_max else new(0, dtype=fp32)
-    arg_max = new(B, H, T, dtype=torch.int32) if save and window_max else new(0, dtype=torch.int32)
-    states = new((B * GS, num_chunks, 2, F, D) if linear else (0,), dtype=state_dtype)
-    norms = new((B * GS, num_chunks, 2, F) if linear else (0,), dtype=fp32)
-    segments = new((B * GS, num_segs, size) if linear else (0,), dtype=fp32)
-    final = new((B * GS, size) if linear and final_chunk is not None else (0,), dtype=fp32)
-    wq, wk, gq, gk = query_map, key_map, query_gate, key_gate
-    gates = gq is not None
-    if linear:
-        assert wq is not None
-        assert wk is not None
-        state_kernel[(num_segs * 2, B * GS, -(-D // BV))](
-            k, v, wk, gk, start, fold, final_chunk, states, norms, segments, final,
-            k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), TK, num_chunks, seg_chunks, num_segs, GS, num_sinks,
-            D=D, DP=DP, BV=BV, F=F, FP=FP, CS=CS, BN=BN, GATES=gates, HAS_START=start is not None, HAS_FOLD=fold is not None, HAS_FINAL=final_chunk is not None,
-            LT=LT, PREC=precision, **blocks["state"],
-        )  # fmt: skip
-        if num_segs > 1 or initial is not None:
-            prefix_kernel[(B * GS, -(-size // 1024))](
-                segments, initial, start, TK, num_segs, seg_chunks * CS, size, GS, HAS_START=start is not None, HAS_INITIAL=initial is not None, REVERSE=False, BLOCK_SIZE=1024, num_warps=4
-            )  # fmt: skip
-    tiles = -(-T // BM)
-    output_kernel[(B * GS * tiles * R, -(-D // BV))](
-        q, k, v, output, lse, row_max, arg_max, wq, wk, gq, gk, log_weight, states, norms, segments, start, fold,
-        q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), T, prefix, tiles, num_chunks, seg_chunks, num_segs, GS, num_sinks, scale,
-        R=R, D=D, DP=DP, BV=BV, F=F, FP=FP, C=window_size, BLOCK=window_kind == "block", CS=CS, BM=BM, BN=BN, SB=_pow2(num_sinks) if num_sinks else 0,
-        LINEAR=linear, BETWEEN=between, GATES=gates, WINDOW_MAX=window_max, HAS_START=start is not None, HAS_FOLD=fold is not None, SPLIT=num_segs > 1 or initial is not None, SAVE=save, LT=LT, PREC=precision,
-        **blocks["output"],
-    )  # fmt: skip
-    return output, lse, row_max, arg_max, states, norms, segments, final
-
-
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None,
-    output: Tensor, lse: Tensor, row_max: Tensor, arg_max: Tensor, states: Tensor, norms: Tensor, segments: Tensor, grad: Tensor,
-    window_size: int, window_kind: str, num_sinks: int, scale: float, reference: str, between: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, query_map, key_map, log_weight [H], query_gate, key_gate (empty where there is no such input)."""
-    B, T, H, D = q.shape
-    linear, gates, window_max = query_map is not None, query_gate is not None, reference == "window_max"
-    GS = k.shape[2]
-    R = H // GS
-    F = query_map.shape[-1] if query_map is not None else 16
-    narrow = q.dtype != torch.float32
-    blocks = _blocks(D, F, narrow, _arch(q.device), between)
-    DP, FP, BV, CS, BM, BN = (blocks[name] for name in ("DP", "FP", "BV", "CS", "GBM", "GBN"))
-    LT, state_dtype, precision = _linear_type(q.dtype)
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
-    fp32, new = torch.float32, q.new_empty
-    size = 2 * F * D + 2 * F
-    has_start = start is not None
-    delta = new(B, H, T, dtype=fp32)
-    dq, dk, dv = new(B, T, H, D), new(B, T, GS, D), new(B, T, GS, D)
-    delta_kernel[(-(-T // 64), B * H)](output, grad, delta, grad.stride(0), grad.stride(1), grad.stride(2), T, H, D=D, DP=DP, BM=64, num_warps=4)
-    tiles = -(-T // BM)
-    wq, wk, gq, gk = query_map, key_map, query_gate, key_gate
-    reverse = reverse_norms = reverse_segments = None
-    num_chunks = -(-T // CS)
-    seg_chunks, num_segs = _segments(num_chunks, _state_programs(B, GS, D))
-    if linear:
-        assert wq is not None
-        assert wk is not None
-        reverse = new(B * GS, num_chunks, 2, F, D, dtype=state_dtype)
-        reverse_norms = new(B * GS, num_chunks, 2, F, dtype=fp32)
-        reverse_segments = new(B * GS, num_segs, size, dtype=fp32)
-        reverse_state_kernel[(num_segs * 2, B * GS, -(-D // BV))](
-            q, grad, lse, row_max, delta, wq, gq, log_weight, start, reverse, reverse_norms, reverse_segments,
-            q.stride(0), q.stride(1), q.stride(2), grad.stride(0), grad.stride(1), grad.stride(2), T, num_chunks, seg_chunks, num_segs, GS,
-            R=R, D=D, DP=DP, BV=BV, F=F, FP=FP, CS=CS, BM=blocks["BM"], GATES=gates, WINDOW_MAX=window_max, HAS_START=has_start, LT=LT, PREC=precision, **blocks["reverse"],
-        )  # fmt: skip
-        if num_segs > 1:
-            prefix_kernel[(B * GS, -(-size // 1024))](
-                reverse_segments, None, start, T, num_segs, seg_chunks * CS, size, GS, HAS_START=has_start, HAS_INITIAL=False, REVERSE=True, BLOCK_SIZE=1024, num_warps=4
-            )  # fmt: skip
-    dy_q, dy_k = (new((B, heads, T, F) if linear else (0,), dtype=state_dtype) for heads in (H, GS))
-    d_gate_q, d_gate_k = (new((B, heads, T) if gates else (0,), dtype=fp32) for heads in (H, GS))
-    block_sums = new((2, B, H, tiles) if linear else (2, 0), dtype=fp32)  # of the log weight and the queries' gate power
-    d_log, d_power_q = block_sums
-    d_power_k = new((B, GS, -(-T // BN)) if gates else (0,), dtype=fp32)
-    path = new((B, H, T) if window_max else (0,), dtype=fp32)
-    if window_max and not linear:
-        path.zero_()  # without a linear branch the maximum cancels
-    d_sink = new((B, H, tiles, 2, num_sinks, D) if num_sinks else (0,), dtype=fp32)
-    strides = [x.stride(axis) for x in (q, k, v, grad) for axis in range(3)]
-    flags = {
-        "R": R, "D": D, "DP": DP, "F": F, "FP": FP, "C": window_size, "BLOCK": window_kind == "block", "BM": BM, "BN": BN,
-        "LINEAR": linear, "BETWEEN": between, "GATES": gates, "WINDOW_MAX": window_max, "HAS_START": has_start, "LT": LT, "PREC": precision,
-    }  # fmt: skip
-    query_grad_kernel[(B * GS * tiles * R,)](
-        q, k, v, grad, lse, row_max, arg_max, delta, path, wq, wk, gq, gk, log_weight, states, norms, segments, start, dq, dy_q, d_gate_q, d_power_q, d_log, d_sink,
-        *strides, T, tiles, num_chunks, seg_chunks, num_segs, GS, num_sinks, scale, CS=CS, SB=_pow2(num_sinks) if num_sinks else 0, SPLIT=num_segs > 1, **flags, **blocks["query"],
-    )  # fmt: skip
-    key_grad_kernel[(-(-T // BN), B * GS)](
-        q, k, v, grad, lse, row_max, arg_max, delta, path, wq, wk, gq, gk, log_weight, reverse, reverse_norms, reverse_segments, start, dk, dv, dy_k, d_gate_k, d_power_k,
-        *strides, T, -(-T // BN), num_chunks, seg_chunks, num_segs, GS, num_sinks, scale, CS=CS, SPLIT=num_segs > 1, **flags, **blocks["key"],
-    )  # fmt: skip
-    if num_sinks:
-        runs = tiles if has_start else 1
-        sink_grad_kernel[(runs, B * GS, num_sinks)](
-            d_sink, start, dk, dv, T, tiles, GS, num_sinks, BM=BM, R=R, D=D, DP=DP, HAS_START=has_start, BT=64, num_warps=8
-        )
-    if not linear:
-        return dq, dk, dv, new(0, dtype=fp32), new(0, dtype=fp32), q.new_zeros(H, dtype=fp32), new(0, dtype=fp32), new(0, dtype=fp32)
-    d_log, d_power_q = block_sums.sum((1, 3))
-    maps: list[Tensor] = []
-    for x, dy, d_gate, d_power in ((q, dy_q, d_gate_q, d_power_q), (k, dy_k, d_gate_k, d_power_k.sum((0, 2)) if gates else d_power_k)):
-        heads = x.shape[2]
-        splits = max(1, min(B * (-(-T // 64)), -(-TARGET_PROGRAMS // heads)))
-        parts = new(splits, heads * (D * F + D * gates), dtype=fp32)
-        map_grad_kernel[(splits, heads)](
-            x, dy, d_gate, parts, x.stride(0), x.stride(1), x.stride(2), B, T, heads, splits, D=D, DP=DP, F=F, FP=FP, BT=64, GATES=gates, LT=LT, PREC=precision, **blocks["map"]
-        )  # fmt: skip
-        weight, direction = parts.sum(0).split((heads * D * F, heads * D * gates))
-        maps += [weight.view(heads, D, F), torch.cat([direction.view(heads, D), d_power[:, None]], 1) if gates else new(0, dtype=fp32)]
-    return dq, dk, dv, maps[0], maps[2], d_log, maps[1], maps[3]
-
-
-def _forward_shapes(
-    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None,
-    fold: Tensor | None, initial: Tensor | None, final_chunk: Tensor | None, window_size: int, window_kind: str, num_sinks: int, prefix: int, scale: float, reference: str, between: bool, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    B, T, H, D = q.shape
-    GS, linear = k.shape[2], query_map is not None
-    F = query_map.shape[-1] if query_map is not None else 16
-    num_chunks = -(-(prefix + T) // STATE_DISTANCE)
-    _, num_segs = _segments(num_chunks, _state_programs(B, GS, D))
-    size = 2 * F * D + 2 * F
-    new, fp32, window_max = q.new_empty, torch.float32, reference == "window_max"
-    return (
-        new(B, T, H, D),
-        new((B, H, T) if save else (0,), dtype=fp32),
-        new((B, H, T) if save and window_max else (0,), dtype=fp32),
-        new((B, H, T) if save and window_max else (0,), dtype=torch.int32),
-        new((B * GS, num_chunks, 2, F, D) if linear else (0,), dtype=_linear_type(q.dtype)[1]),
-        new((B * GS, num_chunks, 2, F) if linear else (0,), dtype=fp32),
-        new((B * GS, num_segs, size) if linear else (0,), dtype=fp32),
-        new((B * GS, size) if linear and final_chunk is not None else (0,), dtype=fp32),
-    )
-
-
-def _backward_shapes(
-    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None,
-    output: Tensor, lse: Tensor, row_max: Tensor, arg_max: Tensor, states: Tensor, norms: Tensor, segments: Tensor, grad: Tensor,
-    window_size: int, window_kind: str, num_sinks: int, scale: float, reference: str, between: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    def like(x: Tensor | None) -> Tensor:
-        return q.new_empty(x.shape if x is not None else (0,), dtype=torch.float32)
-
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv, like(query_map), like(key_map), q.new_empty(q.shape[2], dtype=torch.float32), like(query_gate), like(key_gate)
-
-
-# Plain registrations and an autograd.Function, not torch.library.custom_op: its checks cost more host time a call than the kernels take on
-# a small model. A module executed again (a checkpoint's code, reloaded) drops its old registrations first.
-_LIBRARY = None
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-for _name, _function, _shapes in (("linear_attention_forward", _forward, _forward_shapes), ("linear_attention_backward", _backward, _backward_shapes)):
-    _LIBRARY.define(_name + torch.library.infer_schema(_function, mutates_args=()))
-    for _device in ("CUDA", "CPU"):
-        _LIBRARY.impl(_name, _function, _device)
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _shapes, lib=_LIBRARY)
-_forward_op = getattr(torch.ops, NAMESPACE).linear_attention_forward.default
-_backward_op = getattr(torch.ops, NAMESPACE).linear_attention_backward.default
-
-
-class _LinearAttention(torch.autograd.Function):
-    """Gradients of q, k, v, maps, log weight and gates; no states."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None,
-        window_size: int, window_kind: str, num_sinks: int, scale: float, reference: str, between: bool,
-    ) -> Tensor:  # fmt: skip
-        ctx.map_dtypes = [None if x is None else x.dtype for x in (query_map, key_map, query_gate, key_gate)]
-        inputs = (q, k, v, *_kernel_parameters(q, query_map, key_map, log_weight, query_gate, key_gate), start)
-        output, *saved, _final = _forward_op(*inputs, None, None, None, window_size, window_kind, num_sinks, 0, scale, reference, between, True)
-        ctx.save_for_backward(*inputs, output, *saved)
-        ctx.options = (window_size, window_kind, num_sinks, scale, reference, between)
-        return output  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv, query_map, key_map, log_weight, query_gate, key_gate = _backward_op(*ctx.saved_tensors, grad, *ctx.options)
-        found = [None if dtype is None else x.to(dtype) for x, dtype in zip((query_map, key_map, query_gate, key_gate), ctx.map_dtypes, strict=True)]
-        return dq, dk, dv, found[0], found[1], log_weight, found[2], found[3], *[None] * 7
-
-
-def _kernel_parameters(
-    q: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Maps in q's dtype, log weight and gates in fp32, all contiguous."""
-    maps = [None if x is None else x.to(q.dtype).contiguous() for x in (query_map, key_map)]
-    gates = [None if x is None else x.float().contiguous() for x in (query_gate, key_gate)]
-    return maps[0], maps[1], log_weight.float().contiguous(), gates[0], gates[1]
-
-
-def _with_state(
-    q: Tensor, k: Tensor, v: Tensor, heads_k: Tensor, heads_v: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None,
-    start: Tensor | None, state: LinearState | None, output_final_state: bool, between: bool, window_size: int, window_kind: str, num_sinks: int, scale: float, reference: str,
-) -> LinearOutput:  # fmt: skip
-    """The operator with an incoming or outgoing state. k, v: [B, T, G, D]; heads_k, heads_v: the same with a head per state, [B, T, Gs, D]."""
-    B, T, _, D = q.shape
-    GS, device = heads_k.shape[2], q.device
-    features = 0 if query_map is None else 2 * query_map.shape[-1]
-    prefix = 0
-    fold = initial = starts = None
-    incoming = (
-        empty_state(q, k, num_sinks=num_sinks, window_size=window_size, kind=window_kind, num_features=features, state_heads=GS) if state is None else state
-    )
-    if state is None:
-        starts = None if start is None else start.to(torch.int32)
-    else:
-        prefix = num_back_chunks(window_size, window_kind, aligned=False) * window_size
-        length = state.length
-        start = -length[:, None].expand(B, T) if start is None else torch.where(start <= 0, -length[:, None], start)
-        first = prefix - length[:, None]
-        starts = torch.cat([first.expand(B, prefix), start + prefix], 1).to(torch.int32)
-        left = window_start((length - 1).clamp_min(0)[:, None], window_size, window_kind) if window_size else length[:, None]
-        fold = (first + torch.where(length[:, None] > 0, left, 0))[:, 0].to(torch.int32)
-
-        def joined(new: Tensor, ring: Tensor, sinks: Tensor) -> Tensor:
-            old = torch.cat([sinks, last_keys(ring, length, prefix)], 2) if prefix else sinks
-            return torch.cat([old.transpose(1, 2).repeat_interleave(GS // old.shape[1], 2).to(new.dtype), new], 1)
-
-        heads_k, heads_v = joined(heads_k, state.k, state.sink_k), joined(heads_v, state.v, state.sink_v)
-        if features:
-            initial = torch.cat([state.kv.reshape(B * GS, -1), normalizer(state, window_size, window_kind).reshape(B * GS, -1)], 1).float()
-    last = prefix + T - 1
-    document = torch.zeros(B, dtype=torch.int64, device=device) if starts is None else starts[:, -1].long()
-    end = document + window_start(last - document, window_size, window_kind)  # keys before it are in the outgoing state
-    chunk = (end // STATE_DISTANCE).clamp(0, last // STATE_DISTANCE)
-    output, *_, segments, final = _forward_op(
-        q, heads_k, heads_v, *_kernel_parameters(q, query_map, key_map, log_weight, query_gate, key_gate), starts, fold, initial, chunk.to(torch.int32) if output_final_state and features else None,
-        window_size, window_kind, num_sinks, prefix, scale, reference, between, False,
-    )  # fmt: skip
-    if not output_final_state:
-        return LinearOutput(output, None)
-    kv = z = None
-    if features:
-        assert key_map is not None
-        per_segment, _ = _segments(last // STATE_DISTANCE + 1, _state_programs(B, GS, D))
-        segment = chunk // per_segment
-        at = chunk * STATE_DISTANCE
-        total = final.view(B, GS, -1) * (document < at)[:, None, None]
-        carried = (document < segment * per_segment * STATE_DISTANCE) & (document < at)
-        total = (
-            total
-            + segments.view(B, GS, -1, final.shape[-1]).gather(2, segment[:, None, None, None].expand(B, GS, 1, final.shape[-1]))[:, :, 0]
-            * carried[:, None, None]
-        )
-        # keys after the last stored state that have left the window
-        skipped = num_sinks if state is not None else 0
-        index = at[:, None] + torch.arange(STATE_DISTANCE, device=device)
-        leaves = (index < end[:, None]) & (index >= document[:, None] + num_sinks) & (index <= last)
-        if fold is not None:
-            leaves = leaves & (index >= fold[:, None])
-        rows = (index.clamp(0, last) + skipped)[:, :, None, None].expand(-1, -1, GS, D)
-        keys, values = heads_k.gather(1, rows).transpose(1, 2), heads_v.gather(1, rows).transpose(1, 2)
-        phi = feature_map(keys, key_map, key_gate) * leaves[:, None, :, None]
-        split = features * D
-        kv = total[..., :split].reshape(B, GS, features, D) + phi.transpose(-1, -2) @ values.float()
-        z = total[..., split:] + phi.sum(2)
-    return LinearOutput(output, _next_state(incoming, k, v, document - prefix, kv, z))
-
-
-def triton_linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, window_size: int, window_kind: str, num_sinks: int, scale: float, query_map: Tensor | None, key_map: Tensor | None, linear_log_weight: Tensor,
-    query_gate: Tensor | None = None, key_gate: Tensor | None = None, reference: str = "absolute", start: Tensor | None = None, aligned: bool = False,
-    initial_state: LinearState | None = None, output_final_state: bool = False,
-) -> LinearOutput:  # fmt: skip
-    """`reference.linear_attention` on Triton kernels; the same arguments. linear_log_weight: one value per head, or one for all.
-
-    Matrix products take q's dtype (maps are rounded to it), sums are fp32. `aligned` needs no telling: aligned documents are found to
-    need less.
-    """
-    with torch.autocast(q.device.type, enabled=False):
-        H, G = q.shape[2], k.shape[2]
-        log_weight = linear_log_weight.reshape(-1).expand(H)
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        k, v = k.to(q.dtype), v.to(q.dtype)
-        if query_map is None:
-            query_gate = key_gate = None
-        heads_k, heads_v = k, v
-        if key_map is not None and key_map.shape[0] != G:  # LoLCATs' layout: a key map and a state per query head
-            heads_k, heads_v = (x.repeat_interleave(H // G, 2) for x in (k, v))
-        # keys between state and windows: none where every window starts at a multiple of the states' distance
-        between = not (
-            window_kind == "block" and window_size > 0 and window_size % STATE_DISTANCE == 0 and initial_state is None and (start is None or aligned)
-        )
-        options = (window_size, window_kind, num_sinks)
-        if initial_state is not None or output_final_state:
-            maps = (query_map, key_map, log_weight, query_gate, key_gate)
-            return _with_state(q, k, v, heads_k, heads_v, *maps, start, initial_state, output_final_state, between, *options, scale, reference)
-        starts = None if start is None else start.to(torch.int32).contiguous()
-        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, query_map, key_map, log_weight, query_gate, key_gate))
-        inputs = (query_map, key_map, log_weight, query_gate, key_gate)
-        if save:
-            return LinearOutput(_LinearAttention.apply(q, heads_k, heads_v, *inputs, starts, *options, scale, reference, between), None)
-        output = _forward_op(q, heads_k, heads_v, *_kernel_parameters(q, *inputs), starts, None, None, None, *options, 0, scale, reference, between, False)[0]
-        return LinearOutput(output, None)
-
-
 _POINTERS = {
     **dict.fromkeys(("Q", "K", "V", "O", "DO", "DQ", "DK", "DV", "X", "DY", "WQ", "WK"), "io"),
     **dict.fromkeys(("START", "FOLD", "FINAL_CHUNK", "ARG_MAX"), "i32"),
     "S": "state",
+    "CARRY": "state",
     **dict.fromkeys(("Z", "SEG", "INITIAL", "FINAL", "LSE", "ROW_MAX", "DELTA", "PATH", "GQ", "GK", "LOG_WEIGHT", "DGATE", "DPOWER", "DLOG", "DSINK", "DW"), "fp32"),
+    **dict.fromkeys(("X_Q", "X_K", "DW_Q", "DW_K", "DPOWER_Q", "DPOWER_K", "DMAP_Q", "DMAP_K", "DGATE_Q", "DGATE_K", "DWEIGHT"), "fp32"),
+    **dict.fromkeys(("OUT_Q", "OUT_K"), "io"),
 }  # fmt: skip
 _PASSES = (state_kernel, output_kernel, reverse_state_kernel, query_grad_kernel, key_grad_kernel)
 _SHIPPED = (
     # name, head_dim, features per half, query heads per state, what differs from the default recipe in training, the kernels for which it matters
     ("", 64, 64, 3, {}, (*_PASSES, map_grad_kernel)),
-    ("", 128, 128, 4, {}, (*_PASSES, map_grad_kernel, prefix_kernel, delta_kernel, sink_grad_kernel)),
+    ("", 128, 128, 4, {}, (*_PASSES, map_grad_kernel, prefix_kernel, delta_kernel, sink_grad_kernel, round_kernel, parameter_grad_kernel)),
     ("", 128, 64, 1, {}, (*_PASSES, map_grad_kernel)),
     ("", 256, 128, 1, {}, (*_PASSES, map_grad_kernel)),
     ("", 32, 32, 1, {}, _PASSES),
@@ -1445,6 +1134,8 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
             key_grad_kernel: (grad, blocks["key"]),
             map_grad_kernel: ({}, blocks["map"]),
             sink_grad_kernel: (grad, {"num_warps": 8}),
+            round_kernel: ({}, {"num_warps": 4}),
+            parameter_grad_kernel: ({"BLOCK_SIZE": 128, "BS": 16}, {"num_warps": 4}),
         }
         recipe = {
             "R": R, "D": D, "DP": blocks["DP"], "BV": blocks["BV"], "F": F, "FP": blocks["FP"], "C": 64, "BLOCK": True, "CS": blocks["CS"], "BM": blocks["BM"], "BN": blocks["BN"],

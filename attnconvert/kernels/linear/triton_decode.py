@@ -14,6 +14,7 @@ Programs of a launch cannot wait for each other, so none may write what another 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ try:  # transformers refuses a checkpoint whose code imports a missing package, 
     import triton.language as tl
 except ImportError as error:
     raise ImportError("this file needs triton; the PyTorch form of the step does not") from error
+
+from attnconvert.kernels.linear.launch import MAX_PLANS, Launch, Plan, signature
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(1e-12)  # constants of the reference operator
@@ -392,27 +395,48 @@ def _constants(
     return constants, options
 
 
+_TENSORS = (
+    "q", "k", "v", "ring_k", "ring_v", "sink_k", "sink_v", "kv", "z", "lengths", "query_map", "key_map", "log_weight", "query_gate", "key_gate", "start",
+)  # fmt: skip
+
+
+@functools.lru_cache(MAX_PLANS)
+def _plan(tensors: tuple[Any, ...], aligned: bool, window_size: int, window_kind: str, scale: float, reference: str) -> Plan:
+    """The launch of a step. tensors: signatures of `_TENSORS`."""
+    known = {name: one for name, one in zip(_TENSORS, tensors, strict=True) if one is not None}
+    shape, stride = ({name: one[at] for name, one in known.items()} for at in (0, 1))
+    dtype, device = known["q"][2:]
+    B, _, H, D = shape["q"]
+    state_heads = shape["kv"][1]
+    constants, options = _constants(
+        B * state_heads, state_heads, shape["k"][2], H // state_heads, D, shape["query_map"][-1] if "query_map" in known else 0, window_size, window_kind, shape["ring_k"][2], shape["sink_k"][2],
+        shape["lengths"][2], gated="query_gate" in known, absolute=reference == "absolute", padded="start" in known, aligned=aligned, exact=dtype == torch.float32,
+    )  # fmt: skip
+    # an absent tensor is a pointer the kernel never follows
+    pointers = (
+        "q",
+        "k",
+        "v",
+        "out",
+        *_TENSORS[3:10],
+        *(name if name in known else "q" for name in ("query_map", "key_map", "query_gate", "key_gate", "log_weight", "start")),
+    )
+    log_weight = stride.get("log_weight", stride["q"])
+    numbers = (*(stride[name][axis] for name in "qkv" for axis in (0, 2)), *log_weight[:2], stride["start"][0] if "start" in known else 0, scale)
+    grid = (B * state_heads, constants["HEAD_SPLITS"] * constants["VALUE_SPLITS"])
+    return Plan(device, (*_TENSORS, "out"), [Launch(decode_step, grid, (*pointers, *numbers), constants, options)], {})
+
+
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, sink_k: Tensor, sink_v: Tensor, kv: Tensor, z: Tensor, lengths: Tensor, query_map: Tensor | None, key_map: Tensor | None,
     log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None, window_size: int, window_kind: str, scale: float, reference: str,
 ) -> Tensor:  # fmt: skip
-    B, _, H, D = q.shape
-    state_heads = kv.shape[1]
     aligned = all(x.data_ptr() % 16 == 0 for x in (k, v, ring_k, ring_v, sink_k, sink_v))
-    aligned &= all(stride * q.element_size() % 16 == 0 for stride in (D, k.stride(0), k.stride(2), v.stride(0), v.stride(2)))
-    constants, options = _constants(
-        B * state_heads, state_heads, k.shape[2], H // state_heads, D, 0 if query_map is None else query_map.shape[-1], window_size, window_kind, ring_k.shape[2], sink_k.shape[2],
-        lengths.shape[2], gated=query_gate is not None, absolute=reference == "absolute", padded=start is not None, aligned=aligned, exact=q.dtype == torch.float32,
-    )  # fmt: skip
+    aligned &= all(stride * q.element_size() % 16 == 0 for stride in (q.shape[-1], k.stride(0), k.stride(2), v.stride(0), v.stride(2)))
+    weight = None if query_map is None else log_weight.expand(q.shape[0], q.shape[2], 1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    unused = q  # a pointer the kernel never follows
-    log_weight = q if query_map is None else log_weight.expand(B, H, 1)
-    decode_step[(B * state_heads, constants["HEAD_SPLITS"] * constants["VALUE_SPLITS"])](
-        q, k, v, out, ring_k, ring_v, sink_k, sink_v, kv, z, lengths,
-        *(unused if x is None else x for x in (query_map, key_map, query_gate, key_gate)), log_weight, unused if start is None else start,
-        q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), log_weight.stride(0), log_weight.stride(1), 0 if start is None else start.stride(0), scale,
-        **constants, **options,
-    )  # fmt: skip
+    tensors = (q, k, v, ring_k, ring_v, sink_k, sink_v, kv, z, lengths, query_map, key_map, weight, query_gate, key_gate, start)
+    _plan(signature(*tensors), aligned, window_size, window_kind, scale, reference)(*tensors, out)
     return out
 
 
