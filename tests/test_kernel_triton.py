@@ -275,6 +275,25 @@ def test_pieces_with_carried_state_equal_one_call_and_the_states_of_the_referenc
     assert_near("output", torch.cat(got, 1), want, TOLERANCE[case.dtype])
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("block", 64, 4, 200), Case("block", 64, 4, 130, B=2), Case("block", 8, 0, 7), Case("block", 24, 20, 11), Case("sliding", 24, 2, 150), Case("sliding", 0, 0, 70),
+        Case("sliding", 8, 20, 65, 8, 4, map_heads="query"), Case("sliding", 24, 2, 50, linear=False),
+    ],
+    ids=str,
+)  # fmt: skip
+@interpreted
+def test_state_of_a_prompt_without_padding_is_the_reference_s(case):
+    x = draw(case)
+    exact = {name: None if t is None else t.double() for name, t in x.items()}
+    out, state = triton_attention(case, x, output_final_state=True, start=None)
+    wanted = torch_impl.linear_attention(**exact, **case.settings, output_final_state=True)
+    assert_near("output", out, wanted.output, TOLERANCE[case.dtype])
+    same_state(case, state, wanted.final_state)
+    assert all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in state), "a state that keeps other tensors' memory"
+
+
 @pytest.mark.parametrize("case", [Case("block", 64, 4, H=4, G=2, dtype=torch.float16), Case("sliding", 24, 2, 70)], ids=str)
 @interpreted
 def test_strided_inputs_give_the_bits_of_contiguous_ones(case):

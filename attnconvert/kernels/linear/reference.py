@@ -446,6 +446,24 @@ def _next_state(state: LinearState, k: Tensor, v: Tensor, doc: Tensor, kv: Tenso
     )
 
 
+def _state_of_whole_rows(k: Tensor, v: Tensor, num_slots: int, num_sinks: int, kv: Tensor, z: Tensor) -> LinearState:
+    """`_next_state` of rows that begin with this call and have no padding: every position is known without asking the device, and a fifth of the operations do.
+
+    Args: k, v: [B, T, G, D]. num_slots: `ring_size`. kv, z: [B, Gs, F, D], [B, Gs, F].
+    """
+    B, T, _, _ = k.shape
+
+    def ring_and_sinks(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.transpose(1, 2)
+        ring = torch.nn.functional.pad(x, (0, 0, 0, num_slots - T)) if num_slots > T else x[:, :, T - num_slots :].roll(T % max(num_slots, 1), 2)
+        sinks = torch.nn.functional.pad(x, (0, 0, 0, num_sinks - T)) if num_sinks > T else x[:, :, :num_sinks].clone()
+        return ring.contiguous(), sinks.contiguous()
+
+    (ring_k, sink_k), (ring_v, sink_v) = ring_and_sinks(k), ring_and_sinks(v)
+    lengths = torch.full((B, z.shape[1], LENGTH_COPIES), T, dtype=torch.int64, device=k.device)
+    return LinearState(ring_k, ring_v, sink_k, sink_v, kv, torch.stack([z, z], 2), lengths)
+
+
 def attention_weight_loss(
     q: Tensor, k: Tensor, *, window_size: int, window_kind: str, num_sinks: int, scale: float, query_map: Tensor | None, key_map: Tensor | None, linear_log_weight: Tensor,
     query_gate: Tensor | None = None, key_gate: Tensor | None = None, reference: str = "absolute", start: Tensor | None = None, chunk_size: int = 128,

@@ -21,11 +21,13 @@ from attnconvert.kernels.linear.reference import (
     LinearOutput,
     LinearState,
     _next_state,
+    _state_of_whole_rows,
     empty_state,
     feature_map,
     last_keys,
     normalizer,
     num_back_chunks,
+    ring_size,
     window_start,
 )
 from attnconvert.kernels.linear.triton import (
@@ -450,6 +452,43 @@ def _kernel_inputs(
     return _dense(query_map, *map_dtypes), _dense(key_map, *map_dtypes), _dense(log_weight, fp32), _dense(query_gate, fp32), _dense(key_gate, fp32)
 
 
+def _first_state(
+    q: Tensor, k: Tensor, v: Tensor, heads_k: Tensor, heads_v: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor | None, query_gate: Tensor | None,
+    key_gate: Tensor | None, between: bool, window_size: int, window_kind: str, num_sinks: int, scale: float, reference: str,
+) -> LinearOutput:  # fmt: skip
+    """`_with_state` where a state leaves, none comes in and no row is padded or packed: a prompt's prefill, whose time is the time to the first token."""
+    B, T, _, D = q.shape
+    GS = heads_k.shape[2]
+    if window_size == 0:
+        end = T
+    elif window_kind == "sliding":
+        end = max(T - window_size, 0)
+    else:
+        end = max((T - 1) // window_size - 1, 0) * window_size
+    chunk = min(end // STATE_DISTANCE, (T - 1) // STATE_DISTANCE)
+    linear = query_map is not None
+    final_chunk = torch.full((B,), chunk, dtype=torch.int32, device=q.device) if linear else None
+    run = _forward if _runs_here(q) else _forward_op
+    output, memory = run(
+        q, heads_k, heads_v, query_map, key_map, log_weight, query_gate, key_gate, None, None, None, final_chunk, window_size, window_kind, num_sinks, 0, scale, reference, between, False
+    )  # fmt: skip
+    if query_map is None or key_map is None:
+        kv, z = torch.zeros(B, GS, 0, D, device=q.device), torch.zeros(B, GS, 0, device=q.device)
+    else:
+        sizes, layout = _layout_of(q, heads_k, query_map, final_chunk, 0, reference, False)
+        total = layout.view(memory, "final").view(B, GS, -1)
+        if chunk >= sizes.seg_chunks:
+            total = total + layout.view(memory, "segments").view(B, GS, sizes.num_segs, -1)[:, :, chunk // sizes.seg_chunks]
+        features = 2 * sizes.F
+        kv, z = total[..., : features * D].reshape(B, GS, features, D), total[..., features * D :]
+        first = max(chunk * STATE_DISTANCE, num_sinks)
+        if first < end:  # keys after the last stored state that have left the window
+            phi = feature_map(heads_k[:, first:end].transpose(1, 2), key_map, key_gate)
+            kv, z = kv + phi.transpose(-1, -2) @ heads_v[:, first:end].transpose(1, 2).float(), z + phi.sum(2)
+        kv = kv.clone(memory_format=torch.contiguous_format)  # a view would keep all of the call's memory
+    return LinearOutput(output, _state_of_whole_rows(k, v, ring_size(window_size, window_kind), num_sinks, kv, z))
+
+
 def _with_state(
     q: Tensor, k: Tensor, v: Tensor, heads_k: Tensor, heads_v: Tensor, query_map: Tensor | None, key_map: Tensor | None, log_weight: Tensor | None, query_gate: Tensor | None,
     key_gate: Tensor | None, start: Tensor | None, state: LinearState | None, output_final_state: bool, between: bool, window_size: int, window_kind: str, num_sinks: int, scale: float, reference: str,
@@ -544,6 +583,8 @@ def triton_linear_attention(
     options = (window_size, window_kind, num_sinks)
     if initial_state is not None or output_final_state:
         with torch.autocast(q.device.type, enabled=False):
+            if initial_state is None and start is None:
+                return _first_state(q, k, v, heads_k, heads_v, *parameters, between, *options, scale, reference)
             return _with_state(q, k, v, heads_k, heads_v, *parameters, start, initial_state, output_final_state, between, *options, scale, reference)
     starts = None if start is None else start.to(torch.int32).contiguous()
     inputs = (q, heads_k, heads_v, *parameters)
