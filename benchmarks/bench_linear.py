@@ -291,6 +291,10 @@ def check(shape: Shape, form: Form, inputs: dict[str, Any], gradients: bool, imp
         for name, a, b in zip(from_ours, ours, theirs, strict=True):
             if name in ("q", "k", "v"):
                 errors[f"d{name}"] = relative_error(a[:1, :, : b.shape[2]], b)
+            elif name == "linear_log_weight" and shape.B == 1:
+                # over a long row of random tokens the linear branch holds nearly all the weight and its own weight cancels: what is left is the
+                # rounding of the outputs, so that is what the error is measured by
+                errors[f"d{name}"] = float(((a[: b.shape[0]].float() - b).norm() / torch.maximum(b.norm(), wanted.detach().norm())).item())
             elif shape.B == 1:
                 errors[f"d{name}"] = relative_error(a[: b.shape[0]], b)
     for x in from_ours.values():
