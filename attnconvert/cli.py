@@ -36,11 +36,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 EXIT_ERROR, EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 1, 2, 3, 130
-RESUMABLE = ("linearize", "convert")
+RESUMABLE = ("linearize", "convert", "regroup")
 DEBUG = "ATTNCONVERT_DEBUG"
 
 _SUITES = ("quick", "standard", "long")  # as reevaluate.SUITES, which imports torch
-_INITS = ("aligned", "svd", "mean", "medoid", "first", "random")  # as surgery.regroup.INITS, likewise
+_INITS = ("svd", "aligned", "mean", "medoid", "first", "random")  # as surgery.regroup.INITS, likewise
+_GROUPINGS = ("contiguous", "similar")  # as surgery.regroup.GROUPINGS, likewise
 
 # Width of text when the output is no terminal; and of tables always, at least: a wrapped line is better than a figure cut short.
 _TEXT_COLUMNS, _TABLE_COLUMNS = 120, 160
@@ -249,6 +250,7 @@ def _convert(
     with _libraries(verbose):
         from attnconvert.convert import pipeline
         from attnconvert.convert.plan import render_plan
+        from attnconvert.convert.regroup import regrouped_heads
 
         prepared = pipeline.prepare(model, recipe, overrides=tuple(overrides or ()), revision=revision, trust_remote_code=trust_remote_code, family=family)
         target = out if out is not None else Path(default_out(model, recipe))
@@ -278,7 +280,7 @@ def _convert(
         from attnconvert.convert.report import render_table
 
         _show(render_table(result.report), _stdout())
-    typer.echo(next_steps(result.path, adapters_only=adapters_only))
+    typer.echo(next_steps(result.path, adapters_only=adapters_only, stock=result.plan.base_model_type if regrouped_heads(result.plan) is not None else None))
 
 
 def default_out(model: str, recipe: str) -> str:
@@ -288,21 +290,27 @@ def default_out(model: str, recipe: str) -> str:
     return f"{name}-{Path(recipe).stem if recipe.endswith(('.yaml', '.yml')) else Path(recipe).name}"
 
 
-def next_steps(path: Path, *, adapters_only: bool) -> str:
-    """What to do with a finished conversion, ready to be copied."""
+def next_steps(path: Path, *, adapters_only: bool, stock: str | None = None) -> str:
+    """What to do with a finished conversion, ready to be copied. `stock`: the model_type of a checkpoint that needs no code but transformers'."""
     folder = _shown(path)
     quoted = shlex.quote(folder)
     if adapters_only:
         return f"Saved {folder} (adapters only)\n\nMake the full checkpoint:\n\n  attnconvert merge {quoted} --out {shlex.quote(folder + '-merged')}"
+    load = [f"  model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)"]
+    load += [f"  tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=False)"]
+    if stock is not None:
+        from attnconvert.convert.regroup import how_to_serve
+
+        load = [f"  model = AutoModelForCausalLM.from_pretrained({folder!r})", f"  tokenizer = AutoTokenizer.from_pretrained({folder!r})"]
+        load += how_to_serve(stock, folder)
     lines = [
         f"Saved {folder}",
         "",
-        "Load it, with or without attnconvert installed:",
+        "Load it with plain transformers, no code of attnconvert:" if stock is not None else "Load it, with or without attnconvert installed:",
         "",
         "  from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f"  model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)",
-        f"  tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=False)",
+        *load,
         "",
         "Try it:",
         "",
@@ -320,23 +328,60 @@ def _shown(path: Path) -> str:
 @app.command(
     rich_help_panel=_CONVERT,
     epilog=_examples(
+        "attnconvert regroup demo --recipe gqa",
+        "attnconvert regroup demo --recipe gqa --kv-heads 2 --set stages.finetune.tokens=200k",
         "attnconvert regroup demo --kv-heads 4,2,1 --compare-inits",
         "attnconvert regroup demo --kv-heads 4",
-        "attnconvert regroup HuggingFaceTB/SmolLM2-135M-Instruct --kv-heads 1 --init svd --calibration my-text/ --out smol-mqa",
+        "attnconvert regroup HuggingFaceTB/SmolLM2-135M-Instruct --kv-heads 1 --calibration my-text/ --out smol-mqa",
     ),
 )
 def regroup(
+    ctx: typer.Context,
     model: Model,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="NAME|FILE",
+            rich_help_panel=_MODEL_PANEL,
+            show_default="no training",
+            help="Train the result by this recipe: gqa, mqa, sqa, kdgqa, or a YAML file whose methods regroup.",
+        ),
+    ] = None,
+    set_: SetOption = None,
     kv_heads: Annotated[
-        str, typer.Option("--kv-heads", metavar="N[,N...]", rich_help_panel=_MODEL_PANEL, show_default=False, help="KV heads to end with; a list to compare.")
-    ],
+        str | None,
+        typer.Option(
+            "--kv-heads",
+            metavar="N[,N...]",
+            rich_help_panel=_MODEL_PANEL,
+            show_default="the recipe's",
+            help="KV heads to end with; needed without --recipe. A list to compare.",
+        ),
+    ] = None,
     init: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             rich_help_panel=_MODEL_PANEL,
-            show_default="aligned; all of them with --compare-inits",
-            help=f"How heads become fewer: {', '.join(_INITS)}. With --compare-inits a list.",
+            show_default="the recipe's; svd without one; all of them with --compare-inits",
+            help=f"How heads become fewer: {', '.join(_INITS)}. svd lost least wherever it was measured; aligned, rotations alone, is next. With --compare-inits a list.",
+        ),
+    ] = None,
+    grouping: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_MODEL_PANEL,
+            show_default="the recipe's, else similar for svd and aligned, contiguous for others",
+            help="Which heads become one: contiguous (neighbours) or similar (those that lose least together).",
+        ),
+    ] = None,
+    query_heads: Annotated[
+        int | None,
+        typer.Option(
+            "--query-heads", metavar="N", min=1, rich_help_panel=_MODEL_PANEL, show_default="as many as there are", help="Query heads to end with (SQA)."
         ),
     ] = None,
     compare_inits: Annotated[
@@ -348,25 +393,40 @@ def regroup(
             metavar="TEXT",
             rich_help_panel=_RUN_PANEL,
             show_default="the text inside the package",
-            help="Text to align on and to measure on, split by document: a file, a folder or a `datasets` id; `none` aligns by the weights alone.",
+            help="Without --recipe: text to align on and to measure on, split by document: a file, a folder or a `datasets` id; `none` aligns by the weights alone.",
         ),
     ] = None,
-    tokens: Annotated[str, typer.Option(metavar="N", rich_help_panel=_RUN_PANEL, help="Tokens of calibration and of held-out text, each.")] = "16k",
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="N", rich_help_panel=_RUN_PANEL, show_default="16k", help="Without --recipe: tokens of calibration and of held-out text, each."),
+    ] = None,
+    resume: ResumeOption = False,
+    skip_evaluation: SkipOption = False,
     revision: RevisionOption = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", rich_help_panel=_OUT_PANEL, show_default="<model>-kv<N>", help="Folder to create.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="DIR", rich_help_panel=_OUT_PANEL, show_default="<model>-<recipe>-kv<N>, without what is not given", help="Folder to create."
+        ),
     ] = None,
     overwrite: OverwriteOption = False,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, rich_help_panel=_RUN_PANEL, help="Seed of the text read and of `random`.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, rich_help_panel=_RUN_PANEL, show_default="the recipe's, else 0", help="Seed of the text read, of `random`, and of training."
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Give a model fewer KV heads (GQA, MQA) and save it as its stock architecture, for every engine. No training.
+    """Give a model fewer KV heads (GQA, MQA) or query heads (SQA) and save it as a stock architecture, for every engine.
 
-    Heads are aligned by rotations that leave the model as it is, pooled, measured on held-out text, and proven to reload in plain transformers.
+    With --recipe gqa the model is trained to behave as before: plan, train, save, measure, like every conversion.
+
+    Without a recipe nothing is trained: heads are merged, measured on held-out text, and proven to reload in plain transformers, in seconds.
     """
     _check_choice("dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
     _check_device(device)
@@ -374,18 +434,40 @@ def regroup(
     inits = None if init is None else [part.strip() for part in init.split(",") if part.strip()]
     for name in inits or ():
         _check_choice("init", name, _INITS)
+    if grouping is not None:
+        _check_choice("grouping", grouping, _GROUPINGS)
+    if recipe is not None:
+        without = {"--compare-inits": compare_inits, "--calibration": calibration is not None, "--tokens": tokens is not None}
+        for option in (option for option, given in without.items() if given):
+            hint = "calibration and training read the recipe's text: --set data.source=TEXT" if option == "--calibration" else "leave one of the two away"
+            raise typer.BadParameter(f"it is for regrouping without training, and --recipe trains; {hint}", param_hint=option)
+        if len(targets) > 1 or len(inits or ()) > 1:
+            raise typer.BadParameter("one model is trained at a time: give one N and one init", param_hint="--kv-heads")
+        overrides = [*(set_ or ()), *(f"layers.0.config.kv_heads={n}" for n in targets), *(f"layers.0.config.init={name}" for name in inits or ())]
+        overrides += [f"layers.0.config.{key}={value}" for key, value in (("grouping", grouping), ("query_heads", query_heads)) if value is not None]
+        name = default_out(model, recipe) + "".join(f"-kv{n}" for n in targets)
+        _convert(
+            ctx.find_root().obj, model, recipe, overrides, revision=revision, trust_remote_code=False, family="regroup", out=out or Path(name), overwrite=overwrite, adapters_only=False,
+            resume=resume, skip_evaluation=skip_evaluation, seed=seed, device=device, dtype=dtype, as_json=as_json, quiet=quiet, verbose=verbose,
+        )  # fmt: skip
+        return
+    for option, given in {"--set": bool(set_), "--resume": resume, "--skip-evaluation": skip_evaluation}.items():
+        if given:
+            raise typer.BadParameter("it is for training, which needs --recipe, such as --recipe gqa", param_hint=option)
+    if not targets:
+        raise typer.BadParameter("say how many KV heads to end with, or give --recipe gqa, which halves them", param_hint="--kv-heads")
     if not compare_inits and (len(targets) > 1 or len(inits or ()) > 1):
         raise typer.BadParameter("a model is written with one N and one init; several need --compare-inits", param_hint="--kv-heads")
     if compare_inits and (out is not None or overwrite):
         raise typer.BadParameter("--compare-inits writes no model; leave --out and --overwrite away", param_hint="--compare-inits")
-    num_tokens = _token_count(tokens) or 0
+    num_tokens = _token_count(tokens or "16k") or 0
     with _libraries(verbose):
         from attnconvert.convert import regroup as regrouping
 
         with RunUi(_stderr(), quiet=quiet) as ui:
             common: dict[str, Any] = {
-                "calibration": calibration, "tokens": num_tokens, "revision": revision, "dtype": dtype, "device": _resolved(device), "seed": seed,
-                "note": ui.on_phase, "progress": ui.on_eval,
+                "calibration": calibration, "tokens": num_tokens, "revision": revision, "dtype": dtype, "device": _resolved(device), "seed": seed or 0,
+                "note": ui.on_phase, "progress": ui.on_eval, "grouping": grouping, "query_heads": query_heads,
             }  # fmt: skip
             if compare_inits:
                 report = regrouping.compare_inits(model, sorted(set(targets), reverse=True), inits=inits, **common)
@@ -1291,7 +1373,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def interrupted(arguments: Sequence[str]) -> str:
     """What Ctrl-C prints: for a conversion, the command that goes on with it."""
-    if not arguments or arguments[0] not in RESUMABLE:
+    without_training = arguments[:1] == ["regroup"] and not any(argument.startswith(("--recipe", "-r")) for argument in arguments)
+    if not arguments or arguments[0] not in RESUMABLE or without_training:
         return "interrupted"
     again = [argument for argument in arguments if argument != "--overwrite"]
     if "--resume" not in again:

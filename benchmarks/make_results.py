@@ -159,7 +159,106 @@ def regroup() -> str:
     body += [[init, *(number(loss.get((*key, init)), 3) for key in variants)] for init in inits]
     header = ["init", *(f"{model}, {variant.replace('-', ' -> ')}" for model, variant in variants)]
     text = "## Fewer KV heads, before any training\nHeld-out loss in nats per token, fp32. `svd` is best everywhere; `aligned` rotates heads onto each other, averages them and restores the norm.\n"
-    text += "An independent audit of a 983M model at 2:1 found 8.24 for the mean and 3.19 for alignment with norm restore: the order is the same here, the gain smaller.\n\n"
+    text += "Neighbouring heads are merged here. An independent audit of a 983M model at 2:1 found 8.24 for the mean and 3.19 for alignment with norm restore: the order is the\nsame here, the gain smaller, and `svd` is better still.\n\n"
+    return text + table(header, body) + f"\n{where(found[0][0])}\n\n"
+
+
+GQA_GOALS = {("demo", "8-4"): 1.02, ("demo", "8-2"): 1.05}
+"""Perplexity over the source's, at most."""
+
+
+def recovery() -> str:
+    """Models with fewer KV heads after training, each beside the source trained on the same tokens."""
+    found = load("gqa-*.json")
+    if not found:
+        return ""
+    same = {(row["model"], row["budget"]): row for _, row in found if row["variant"] == "source"}
+    text = "## Fewer KV heads, after training\nThe recipe `gqa`: 80 % of the tokens for transfer, 20 % for finetuning. Ratios are held-out perplexity over the source's own, before training, between the stages and at\n"
+    text += "the end; `source, same tokens` is the source finetuned on all of them, and the ratio beside it what the heads cost once both know the text. KL and agreement are against the source.\n\n"
+    for model in dict.fromkeys(row["model"] for _, row in found):
+        rows = sorted((row for _, row in found if row["model"] == model and row["variant"] != "source"), key=lambda r: (r["start"]["ppl_ratio"], r["budget"]))
+        body = []
+        for row in rows:
+            other = same.get((model, row["budget"]))
+            goal = GQA_GOALS.get((model, row["variant"]))
+            body.append(
+                [
+                    row["variant"].replace("-", " -> "),
+                    f"{row['budget'] / 1e6:g} M",
+                    *(number(at["ppl_ratio"], 3) for at in (row["start"], row["transfer"], row)),
+                    "-" if other is None else number(other["ppl_ratio"], 3),
+                    "-" if other is None else number(row["ppl_ratio"] / other["ppl_ratio"], 3),
+                    number(row["kl"], 3),
+                    number(row["agreement"], 3),
+                    "-" if goal is None else f"{goal:.2f}, {'met' if row['ppl_ratio'] <= goal else 'missed'}",
+                ]
+            )
+        header = ["KV heads", "tokens", "start", "after transfer", "end", "source, same tokens", "end over that", "KL", "agreement", "goal"]
+        metas = [meta for meta, row in found if row["model"] == model]
+        seconds = [row["seconds"] for _, row in found if row["model"] == model]
+        text += f"### {model}, perplexity {number(rows[0]['teacher_ppl'] if rows else None, 2)}\n" + table(header, body)
+        text += f"\n{min(seconds):.0f} to {max(seconds):.0f} s a row, {found[0][1]['jobs']} rows at a time on one device. {where(metas[0])}\n\n"
+    return text
+
+
+def regroup_variants() -> str:
+    """Grouping, fewer query heads and uneven shares, before training."""
+    found = load("regroup_variants*.json")
+    if not found:
+        return ""
+    text = "## Which heads become one, fewer query heads, uneven shares\nHeld-out loss in nats per token before any training, fp32.\n\n"
+
+    def rows_of(kind: str) -> list[dict[str, Any]]:
+        return [row for _, row in found if row["kind"] == kind]
+
+    def source(row: dict[str, Any]) -> str:
+        return f"{row['model']}, {row['H']}/{row['G']} heads, {number(row['teacher_loss'], 3)}"
+
+    cases = list(dict.fromkeys((row["model"], row["kv_heads"], row["init"]) for row in rows_of("grouping")))
+    loss = {(row["model"], row["kv_heads"], row["init"], row["grouping"]): row for row in rows_of("grouping")}
+    body = [
+        [source(loss[(*case, "contiguous")]), str(case[1]), case[2], *(number(loss.get((*case, g), {}).get("loss"), 3) for g in ("contiguous", "similar"))]
+        for case in cases
+        if (*case, "similar") in loss
+    ]
+    text += "### Groups\n`similar` puts heads together that lose least together; it costs seconds. It is the default for `svd` and `aligned`.\n\n"
+    text += table(["source and its loss", "KV heads", "init", "neighbours", "similar"], body) + "\n"
+    names = {"even": "even", "kdgqa": "norm of the keys (KDGQA)", "dgqa_ema": "running mean of it (DGQA)", "dgqa_diff": "how much it changes (DGQA)"}
+    uneven = {(row["model"], row["kv_heads"], row["allocation"]): row for row in rows_of("uneven")}
+    body = [
+        [source(next(r for key, r in uneven.items() if key[0] == model)), str(heads), *(number(uneven[model, heads, rule]["loss"], 3) for rule in names)]
+        for model, heads in dict.fromkeys(key[:2] for key in uneven)
+    ]
+    if body:
+        text += "### Uneven shares (`kdgqa`)\n`svd`; the shares of query heads are counted on calibration text and frozen. With four KV heads left equal shares are best, with\nfewer those counted by how much the norms change; the published rule helps little.\n\n"
+        text += table(["source and its loss", "KV heads", *names.values()], body) + "\n"
+    body = [[source(row), f"{row['query_heads']} / {row['kv_heads']}", number(row["loss"], 3), number(row["kl"], 3)] for row in rows_of("sqa")]
+    if body:
+        text += (
+            "### Fewer query heads (`sqa`)\n`svd` for the KV heads; query heads are merged by what they add to the output. A start for training, no more.\n\n"
+        )
+        text += table(["source and its loss", "query / KV heads", "loss", "KL"], body) + "\n"
+    return text + "".join(f"{line}\n\n" for line in dict.fromkeys(where(meta) for meta, _ in found))
+
+
+def regroup_decode() -> str:
+    """Decode speed of stock checkpoints against their KV heads."""
+    found = load("gqa_decode*.json")
+    if not found:
+        return ""
+    body = [
+        [
+            str(row["B"]), str(row["G"]), row["mode"] if row["mode"] == "stock" else f"{row['mode']} ({row['attention'].replace('_', ', ')})", f"{1e3 * row['seconds_per_step']:.2f}",
+            f"{row['tokens_per_second']:,.0f}", number(row["speedup"], 2), number(row["of_kv_reduction"], 2), number(row["bytes_bound"], 2),
+            "-" if row["kv_reduction"] == 1 else "met" if row["of_kv_reduction"] >= row["goal"] else "missed",
+        ]
+        for _, row in sorted(found, key=lambda x: (x[1]["B"], x[1]["mode"], -x[1]["G"]))
+    ]  # fmt: skip
+    first = found[0][1]
+    text = f"## Decode against KV heads\n{first['H']} query heads of {first['D']}, context {first['T']:,}, {first['layers']} layers of a 7 B Llama, bf16; each model is loaded from a stock checkpoint by AutoModelForCausalLM. `stock` is transformers with its\n"
+    text += "dynamic cache, which copies the cache at every step; the other mode has a full static cache and one CUDA graph. Of the reduction: speedup over the model with all heads divided by how many times\n"
+    text += f"fewer KV heads there are, goal {first['goal']}; by bytes: the same for a step that takes exactly as long as its bytes, since the weights do not shrink.\n\n"
+    header = ["batch", "KV heads", "mode", "ms a step", "tokens/s", "speedup", "of the reduction", "by bytes", "goal"]
     return text + table(header, body) + f"\n{where(found[0][0])}\n\n"
 
 
@@ -485,6 +584,9 @@ def main() -> None:
         + starts()
         + demo()
         + regroup()
+        + regroup_variants()
+        + recovery()
+        + regroup_decode()
         + memory()
     )
     (ROOT / "docs" / "results.md").write_text(page.rstrip() + "\n")

@@ -17,7 +17,7 @@ from attnconvert.recipes.load import LoadedRecipe, dump_resolved, list_recipes, 
 from attnconvert.recipes.schema import LayerRule, assign_rules, resolve_layers
 from attnconvert.surgery import registry
 
-SHIPPED = ["hedgehog", "hedgehog-mixed", "hedgehog-pure", "lolcats", "window-sinks"]
+SHIPPED = ["gqa", "hedgehog", "hedgehog-mixed", "hedgehog-pure", "kdgqa", "lolcats", "mqa", "sqa", "window-sinks"]
 
 GOOD = """\
 name: mine
@@ -68,7 +68,7 @@ def test_every_shipped_recipe_is_listed_and_loads() -> None:
         loaded = load_recipe(name)
         assert loaded.recipe.name == name
         assert loaded.recipe.description
-        assert loaded.recipe.methods == ("hedgehog",)
+        assert loaded.recipe.methods == ({"gqa": ("gqa",), "mqa": ("gqa",), "sqa": ("gqa",), "kdgqa": ("kdgqa",)}.get(name, ("hedgehog",)))
         assert loaded.source_path.name == f"{name}.yaml"
         assert loaded.text == shipped_text(name) == loaded.source_path.read_text()
 
@@ -80,7 +80,8 @@ def test_the_resolved_dump_loads_back_to_an_equal_recipe(name: str, tmp_path: Pa
     again = load(tmp_path, text)
     assert again.recipe == recipe
     assert yaml.safe_load(text) == again.resolved
-    assert "softmax_weight" in text  # a method default that no shipped file writes
+    assert "final_lr_ratio" in text  # a default that no shipped file writes
+    assert "softmax_weight" in text or recipe.methods != ("hedgehog",)  # likewise, of the method
 
 
 def test_recipes_meant_for_comparison_spend_the_same_tokens() -> None:

@@ -16,6 +16,8 @@ from attnconvert import cli, embedded
 from attnconvert.convert import regroup as regrouping
 from attnconvert.errors import AttnConvertError
 from attnconvert.surgery import regroup as surgery
+from attnconvert.surgery.regroup import inits
+from attnconvert.surgery.sites import Site
 
 OWN = {
     "llama": FAMILIES["llama"],
@@ -66,14 +68,13 @@ def moments_of(model, sites):
 
 def spread(model, sites, freedoms, num_heads, seed=3):
     """`model` with each KV head repeated until there are `num_heads`, and every copy turned at random: the same function."""
-    wide_sites = [surgery.Site(**{**vars(site), "num_key_value_heads": num_heads}) for site in sites]
+    wide_sites = [Site(**{**vars(site), "num_key_value_heads": num_heads}) for site in sites]
     turns = surgery.random_turns(wide_sites, freedoms, seed)
     tensors = {}
     for site in sites:
         source = surgery.read_projections(model.get_submodule(site.path), site).to(torch.float64)
         made = surgery.fold(source, *(surgery.rotation(turn) for turn in turns[site.layer_idx]), num_heads).to(torch.float32)
-        output = surgery.output_name(model.get_submodule(site.path))
-        tensors |= {f"{site.path}.{name}": tensor for name, tensor in surgery.flat_tensors(made, output).items()}
+        tensors |= {f"{site.path}.{name}": tensor for name, tensor in surgery.projection_tensors(made, model.get_submodule(site.path)).items()}
     wide = copy.deepcopy(model)
     surgery.install(wide, surgery.Regrouped(num_heads, tensors))
     return wide
@@ -258,10 +259,10 @@ def test_rotations_are_orthogonal_and_bring_heads_closer():
     torch.manual_seed(0)
     states = torch.randn(3, 500, 8, dtype=torch.float64) @ torch.randn(3, 8, 8, dtype=torch.float64)
     gram = torch.einsum("ntd,mte->ndme", states, states)[None]
-    turn = surgery._turned_freely(gram)
+    turn = inits._turned_freely(gram)
     torch.testing.assert_close(turn @ turn.transpose(2, 3), torch.eye(8, dtype=torch.float64).expand(1, 3, 8, 8))
-    moments = surgery._pair_moments(gram, torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]]))
-    phases = surgery._aligned_phases(moments)
+    moments = inits._pair_moments(gram, torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]]))
+    phases = inits._aligned_phases(moments)
     torch.testing.assert_close(phases.abs(), torch.ones(1, 4, 3, dtype=torch.float64))
     together = (states @ turn[0]).sum(0).square().sum()
     assert together > 1.05 * states.sum(0).square().sum()
@@ -292,7 +293,6 @@ def test_svd_keeps_more_of_the_values_than_aligned_pooling():
         (lambda: transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48), "not-a-causal-lm"),
         (FAMILIES["gpt2"], "no-kv-head-setting"),
         (FAMILIES["gpt_neox"], "no-kv-head-setting"),
-        (FAMILIES["phi3"], "fused-projections"),
         (FAMILIES["olmo2"], "cannot-regroup"),  # its k_norm has a weight per channel of every KV head
         (lambda: transformers.StableLmConfig(**COMMON, qk_layernorm=True), "cannot-regroup"),
     ],
@@ -383,7 +383,7 @@ def test_regroup_writes_a_stock_checkpoint_that_plain_transformers_loads(small_m
     assert str(small_model.parent) not in json.dumps(record)
     assert "2 -> 1 KV heads" in printed.out
     assert "cache 128 -> 64 bytes per token" in printed.out  # 2 layers x k and v x 8 channels x 2 bytes per head
-    assert "recovery by training is not part of this command yet" in printed.out
+    assert "No recovery training was done" in printed.out
     assert f"vllm serve {out}" in printed.out
     assert [path.name for path in out.parent.iterdir()] == ["one"]
 
@@ -397,7 +397,7 @@ def no_reload(monkeypatch):
 @pytest.mark.usefixtures("no_reload")
 def test_saved_weights_are_those_that_were_measured(small_model, tmp_path):
     report = regrouping.regroup_model(str(small_model), 1, tmp_path / "one", tokens=1024)
-    rows = regrouping.compare_inits(str(small_model), [1], inits=["aligned"], tokens=1024).rows
+    rows = regrouping.compare_inits(str(small_model), [1], inits=["svd"], tokens=1024).rows
     assert rows == report.rows
     again = regrouping._prepare(str(tmp_path / "one"), [], None, 1024, None, "auto", "cpu", 0, None, None)
     measured = regrouping._measure(again, {}, "cpu", 0, None)
@@ -426,7 +426,7 @@ def test_an_earlier_result_is_replaced_on_request_alone(small_model, tmp_path, c
     assert (out / "model.safetensors").read_bytes() == first
     assert cli.main([*arguments, "--overwrite"]) == 0
     assert (out / "model.safetensors").read_bytes() != first
-    assert json.loads((out / "regroup.json").read_text())["init"] == "aligned"
+    assert json.loads((out / "regroup.json").read_text())["init"] == "svd"
 
 
 def test_compare_inits_ranks_alignment_before_pooling_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -457,7 +457,7 @@ def test_the_table_stars_the_lowest_loss_of_each_number_of_heads(small_model, ca
         (["--kv-heads", "16"], 1, "error[kv-heads]: 16 KV heads cannot be made: the model has 8"),
         (["--kv-heads", "many"], 2, "'many' is not a list of whole numbers"),
         (["--kv-heads", "4,2"], 2, "several need --compare-inits"),
-        (["--kv-heads", "4", "--init", "median"], 2, "'median' is not one of aligned, svd, mean, medoid, first, random"),
+        (["--kv-heads", "4", "--init", "median"], 2, "'median' is not one of svd, aligned, mean, medoid, first, random"),
         (["--kv-heads", "4", "--compare-inits", "--out", "x"], 2, "writes no model"),
         (["--kv-heads", "4", "--calibration", "no/such/text.txt"], 1, "error[data-missing]"),
         ([], 2, "--kv-heads"),

@@ -168,7 +168,7 @@ def bench(
     notes: list[str] = []
     say("load model")
     student = load_saved(str(source), dtype=dtype, base=None if against in (None, NO_TEACHER) else against).model
-    if getattr(student.config, "attn_plan", None) is None:
+    if getattr(student.config, "attn_plan", None) is None and _record_file(str(source), f"{FOLDER}/run.json") is None:
         raise AttnConvertError("not-converted", f"the model in {str(source)!r} has no converted attention", hint="give the folder that a conversion wrote")
     teacher_name, teacher = _load_teacher(str(source), against, dtype, notes, say)
     if teacher is not None and getattr(teacher.config, "attn_plan", None) is not None:
@@ -199,7 +199,7 @@ def bench(
             "student": Path(source).expanduser().resolve().name if Path(source).expanduser().is_dir() else str(source),
             "teacher": teacher_name if teacher is not None else None,
         },
-        "attention": {name: _attention(model) for name, model in models.items()},
+        "attention": {name: _attention(model) + _heads(model, student) for name, model in models.items()},
         "dtypes": {name: str(model.dtype).removeprefix("torch.") for name, model in models.items()},
         "weight_bytes": {c.name: c.weight_bytes for c in contestants},
         "new_tokens": new_tokens,
@@ -419,6 +419,12 @@ def _attention(model: Any) -> str:
         return str(model.config._attn_implementation)
     names = [str(row["method"] or "softmax") for row in plan["layers"]]
     return ", ".join(f"{name} in {names.count(name)} of {len(names)} layers" for name in dict.fromkeys(names))
+
+
+def _heads(model: Any, student: Any) -> str:
+    """The number of KV heads, where it is what the conversion changed."""
+    heads = getattr(model.config.get_text_config(), "num_key_value_heads", None)
+    return f", {heads} KV heads" if getattr(student.config, "attn_plan", None) is None and heads else ""
 
 
 def _device_text(device: torch.device) -> str:

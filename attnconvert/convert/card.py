@@ -422,6 +422,15 @@ def methods_of(conversion: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in layers if row.get("method")))
 
 
+def stock_heads(conversion: Mapping[str, Any]) -> tuple[int, int] | None:
+    """KV heads before and after, of a conversion to a stock checkpoint with fewer of them; None for any other."""
+    for row in (conversion.get("plan") or {}).get("layers") or []:
+        after = (row.get("config") or {}).get("num_key_value_heads")
+        if row.get("method") and after is not None:
+            return int(row["num_key_value_heads"]), int(after)
+    return None
+
+
 def _has_linear_branch(conversion: Mapping[str, Any]) -> bool:
     for row in (conversion.get("plan") or {}).get("layers") or []:
         if row.get("method") and (row.get("config") or {}).get("linear", True):
@@ -459,7 +468,7 @@ def _metadata(
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=conversion["base_model"] if base_on_hub else None,
-        tags=[*tags, *(["lora"] if adapters_only else ["custom_code"])],
+        tags=[*tags, *(["lora"] if adapters_only else [] if stock_heads(conversion) is not None else ["custom_code"])],
         datasets=[str(source)] if is_hub_id(source) else None,
         model_name=name if results else None,
         eval_results=results or None,
@@ -549,10 +558,17 @@ def _introduction(conversion: Mapping[str, Any], adapters_only: bool) -> str:
     layers = (conversion.get("plan") or {}).get("layers") or []
     num_converted = sum(row.get("method") is not None for row in layers)
     methods = ", ".join(f"`{name}`" for name in methods_of(conversion)) or "another kind of attention"
+    heads = stock_heads(conversion)
+    if heads is not None:
+        return (
+            f"{base} with {heads[1]} key-value heads in place of {heads[0]} in each of its {len(layers)} layers ({methods}), and trained to behave as before, by "
+            f"attnconvert. Its architecture is the stock `{conversion['plan']['base_model_type']}` of transformers, and it needs no other code."
+        )
     share = "all" if num_converted == len(layers) else f"{num_converted} of the"
-    first = (
-        f"{base} with the softmax attention of {share} {len(layers)} layers replaced by {methods} and the model trained to behave as before, by attnconvert."
-    )
+    what = f"the softmax attention of {share} {len(layers)} layers replaced by {methods}"
+    if methods_of(conversion) == ["kdgqa"]:  # still softmax attention
+        what = f"fewer key-value heads in {share} {len(layers)} layers ({methods})"
+    first = f"{base} with {what} and the model trained to behave as before, by attnconvert."
     if adapters_only:
         first += f" This repository holds only what the conversion added: low-rank adapters and the new attention's parameters. {base} is needed beside it."
     return first
@@ -569,6 +585,8 @@ def _use(conversion: Mapping[str, Any], repo_id: str | None, adapters_only: bool
             "## Use it\n\nThe adapters have to be merged into the base model once; the result is an ordinary checkpoint. peft alone cannot load them: the "
             "new attention is not part of its format.\n\n```sh\npip install attnconvert\n" + "\n".join(lines) + "\n```"
         )
+    if stock_heads(conversion) is not None:
+        return "## Use it\n\n" + usage(repo_id, stock=True) + "\n\nNo code of this repository runs, and attnconvert is not needed."
     return "## Use it\n\n" + usage(repo_id) + (
         "\n\nThe first form runs the Python files of this repository (`trust_remote_code=True`): read them first. With attnconvert installed they are not needed:"
         f"\n\n```python\nimport attnconvert  # registers the model classes\nfrom transformers import AutoModelForCausalLM\n\n"
@@ -577,16 +595,17 @@ def _use(conversion: Mapping[str, Any], repo_id: str | None, adapters_only: bool
     )  # fmt: skip
 
 
-def usage(repo_id: str | None, revision: str | None = None) -> str:
-    """Code that loads a converted model and writes with it, as a Markdown block."""
+def usage(repo_id: str | None, revision: str | None = None, *, stock: bool = False) -> str:
+    """Code that loads a converted model (`stock`: one without code of its own) and writes with it, as a Markdown block."""
     pin = f", revision={revision!r}" if revision else ""
+    trust, distrust = ("", "") if stock else (", trust_remote_code=True", ", trust_remote_code=False")
     lines = [
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"name = {(repo_id or '.')!r}" + ("" if repo_id else "  # the folder of this file"),
-        f'model = AutoModelForCausalLM.from_pretrained(name{pin}, trust_remote_code=True, dtype="auto")',
-        f"tokenizer = AutoTokenizer.from_pretrained(name{pin}, trust_remote_code=False)",
+        f'model = AutoModelForCausalLM.from_pretrained(name{pin}{trust}, dtype="auto")',
+        f"tokenizer = AutoTokenizer.from_pretrained(name{pin}{distrust})",
         "",
         'inputs = tokenizer("Once upon a time", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0], skip_special_tokens=True))",

@@ -695,7 +695,9 @@ def _tree(session: _Session, revision: str) -> dict[str, Any]:
 def _check_taken(session: _Session, tree: Iterable[str], adapters_only: bool) -> None:
     """Refuse to write a conversion over another model, which a slip in the name would do."""
     names = set(tree)
-    full, adapters = "modeling_attnconvert.py" in names, FACTS_FILE in names
+    # A stock checkpoint with fewer KV heads has no code to know it by, but the record of its run.
+    adapters = FACTS_FILE in names
+    full = "modeling_attnconvert.py" in names or ("attnconvert/run.json" in names and not adapters)
     if full or adapters:
         if adapters == adapters_only:
             return
@@ -766,13 +768,13 @@ def _send(session: _Session, contents: _Contents, *, branch: str, message: str, 
         )
     oid = made.oid if made is not None else session.call("look at the repository", lambda: api.repo_info(name, revision=branch)).sha
     files = tuple(PushFile(path, _size(content), status[path]) for path, content in contents.files.items())
-    snippet = _snippet(name, str(oid), adapters_only)
+    snippet = _snippet(name, str(oid), adapters_only, stock="modeling_attnconvert.py" not in contents.files)
     where = f"{api.endpoint}/{name}" + ("" if branch == "main" else f"/tree/{branch}")
     return PushResult(name, where, files, contents.skipped, stale, branch, str(oid), pull_request, contents.notes, snippet)
 
 
-def _snippet(repo_id: str, commit: str, adapters_only: bool) -> str:
+def _snippet(repo_id: str, commit: str, adapters_only: bool, *, stock: bool) -> str:
     if not adapters_only:
-        return card.usage(repo_id, commit).removeprefix("```python\n").removesuffix("\n```")
+        return card.usage(repo_id, commit, stock=stock).removeprefix("```python\n").removesuffix("\n```")
     folder = repo_id.rpartition("/")[2]
     return f"hf download {repo_id} --revision {commit} --local-dir {folder}\nattnconvert merge {folder} --out {folder}-merged"

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import attnconvert
-from attnconvert.convert.load import Source, load_config, load_model, load_tokenizer, resolve
+from attnconvert.convert.load import Loaded, Source, load_config, load_model, load_tokenizer, resolve
 from attnconvert.convert.plan import Estimate, build_plan, default_length, estimate, evaluation_window
-from attnconvert.embedded import DEMO_OVERRIDES
+from attnconvert.convert.regroup import has_uneven_heads, regroup_for_training, regrouped_heads, uneven_for_training
+from attnconvert.embedded import demo_overrides
 from attnconvert.errors import AttnConvertError
 from attnconvert.recipes.load import LoadedRecipe, dump_resolved, load_recipe
+from attnconvert.recipes.schema import assign_rules
 from attnconvert.surgery import registry
 from attnconvert.surgery.plan import ConversionPlan
 from attnconvert.surgery.sites import Site, find_sites
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
     from attnconvert.convert.evaluate import EvalReport, Quality
     from attnconvert.distill.data import PackedRows
-    from attnconvert.distill.loop import RunContext, StageResult
+    from attnconvert.distill.loop import ConvertedLayer, RunContext, StageResult
 
 RUN_SCHEMA_VERSION = 1
 FOLDER = "attnconvert"
@@ -157,10 +159,12 @@ def prepare(
     """
     notes: list[str] = []
     source = resolve(model, revision=revision, trust_remote_code=trust_remote_code)
-    if model == "demo" and source.name == "demo":
-        notes.append(f"The embedded model uses a small budget unless you set another: {', '.join(DEMO_OVERRIDES)}.")
-        overrides = (*DEMO_OVERRIDES, *overrides)
     loaded = load_recipe(recipe, overrides)
+    regroups = all(registry.get(name).family == "regroup" for name in loaded.recipe.methods)
+    if model == "demo" and source.name == "demo":
+        small = demo_overrides(regroups=regroups)
+        notes.append(f"The embedded model uses a small budget unless you set another: {', '.join(small)}.")
+        loaded = load_recipe(recipe, (*small, *overrides))
     if family is not None:
         _check_family(loaded, family)
     attnconvert.register()  # a folder that was converted before is then recognised as such
@@ -174,8 +178,22 @@ def prepare(
             expected="fp32, bf16 or fp16 weights",
             hint="convert the original model, then quantize",
         )
+    if regroups:
+        from attnconvert.surgery.regroup import stock_config
+
+        stock = stock_config(config)
+        if stock is not config:
+            notes.append(f"Converted as a {stock.model_type!r} model that computes the same: a {config.model_type!r} model has no number of KV heads.")
+        config = stock
     sites = find_sites(config)
     plan = build_plan(loaded.recipe, config, sites)
+    heads = regrouped_heads(plan)
+    if heads is not None:
+        from attnconvert.surgery.regroup import check_architecture
+
+        check_architecture(config, [heads], plan.converted[0].config["query_heads"])
+    if has_uneven_heads(plan):
+        _check_uneven(plan, config)
     _check_lengths(loaded, config)
     element_size = _SIZES[_config_dtype(config)]
     return Prepared(
@@ -187,6 +205,21 @@ def prepare(
         estimate=estimate(plan, sites, loaded.recipe, _count_parameters(config), default_length(config), element_size),
         notes=tuple(notes),
     )
+
+
+def _check_uneven(plan: ConversionPlan, config: Any) -> None:
+    """Refuse what layers with heads of their own cannot be combined with, before a model is loaded."""
+    from attnconvert.surgery.regroup import check_architecture
+
+    check_architecture(config, [])
+    others = sorted({str(row.method) for row in plan.converted if "kv_heads" not in row.config})
+    if others or plan.num_kept_later:
+        raise AttnConvertError(
+            "uneven-heads",
+            "layers whose projections change cannot be " + (f"mixed with {', '.join(others)}" if others else "put back to softmax attention after transfer"),
+            where="layers" if others else "keep",
+            hint="convert all layers by one method, or name the layers that stay with keep.layers",
+        )
 
 
 def _check_family(loaded: LoadedRecipe, family: str) -> None:
@@ -355,6 +388,13 @@ def run(prepared: Prepared, options: RunOptions, ui: RunUI) -> ConversionResult:
             Before the first training checkpoint nothing is left on disk; after it the run folder stays for `resume`.
         KeyboardInterrupt: likewise.
     """
+    if options.adapters_only and _new_projections(prepared.plan):
+        raise AttnConvertError(
+            "no-adapters-only",
+            "a model with fewer KV heads cannot be saved as adapters: its projections are new as a whole",
+            where="--adapters-only",
+            hint="leave the option out" + ("" if has_uneven_heads(prepared.plan) else "; the checkpoint is a stock one"),
+        )
     out = Path(os.path.abspath(options.out))
     options = replace(options, out=out)
     device, precision = torch_device(options.device), _precision(prepared, options)
@@ -496,7 +536,7 @@ def _disk_bytes(prepared: Prepared, options: RunOptions) -> int:
     estimate = prepared.estimate
     rank = prepared.recipe.recipe.stages.finetune.lora.rank
     wide = max(site.num_heads * site.head_dim for site in prepared.sites)
-    trained = estimate.new_parameters + len(prepared.plan.converted) * 8 * wide * rank
+    trained = estimate.trained_parameters + len(prepared.plan.converted) * 8 * wide * rank
     weights = 0 if options.adapters_only else estimate.num_parameters * _SIZES[dtype]
     return int(1.02 * weights + 4 * trained * 7 + 2**25)
 
@@ -628,13 +668,12 @@ def _train_and_save(job: _Job, folder: Path, texts: _Texts) -> None:
     from attnconvert.distill.finetune import run_finetune
     from attnconvert.distill.lora import add_lora, lora_targets, merge_lora
     from attnconvert.distill.transfer import run_transfer
-    from attnconvert.surgery.swap import swap
 
     prepared, options, recipe = job.prepared, job.options, job.prepared.recipe.recipe
     context = job.context(folder)
     with _fast_matmul(job.device), _explained_memory(job):
         with job.phase("load model"):
-            loaded = load_model(prepared.source, dtype=options.dtype)
+            loaded = _load_source(prepared, options.dtype)
             model, dtype = loaded.model, loaded.model.dtype
             base_hash = fingerprint(model) if options.adapters_only else ""
             if _trains_in_fp32(job, dtype):
@@ -642,22 +681,23 @@ def _train_and_save(job: _Job, folder: Path, texts: _Texts) -> None:
             model.to(job.device)
         with job.phase("swap"):
             lora_targets(model, [row.path for row in prepared.plan.converted], recipe.stages.finetune.lora.targets)  # a wrong target shows before any training
-            swap(model, prepared.plan)
+            layers, plan = _swap(job, model, texts)
         with job.phase("calibrate"):
-            calibrate(model, _cores(model), texts.transfer, context)
+            calibrate(model, layers, texts.transfer, context)
         with job.phase("transfer"), _compiled_kernels(model, _compiles(job, recipe.stages.transfer.tokens)):
-            transfer = run_transfer(model, _cores(model), texts.transfer, recipe.stages.transfer, context)
-        plan = prepared.plan
+            transfer = run_transfer(model, layers, texts.transfer, recipe.stages.transfer, context)
         if plan.num_kept_later:
             with job.phase("keep"):
                 plan = _keep_layers(job, model, transfer, texts, folder)
+                layers = {row.layer_idx: layers[row.layer_idx] for row in plan.converted}
         with job.phase("finetune"):
             wrapped = add_lora(model, [row.path for row in plan.converted], recipe.stages.finetune.lora, seed=context.seed)
             compiled = replace(context, compile=_compiles(job, recipe.stages.finetune.tokens))
-            finetune = run_finetune(wrapped, _cores(model), texts.finetune, recipe.stages.finetune, compiled)
+            finetune = run_finetune(wrapped, layers, texts.finetune, recipe.stages.finetune, compiled)
         job.record.plan, job.record.stages = plan.to_dict(), [asdict(transfer), asdict(finetune)]
         job.save_record(folder)
 
+        layers.clear()  # with the teachers, where they are modules of their own
         # On the CPU, so that `merge` on another machine rounds alike.
         wrapped.to("cpu")
         extra = _record_files(job, folder)
@@ -693,6 +733,40 @@ def _train_and_save(job: _Job, folder: Path, texts: _Texts) -> None:
         gc.collect()
         if job.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _new_projections(plan: ConversionPlan) -> bool:
+    return regrouped_heads(plan) is not None or has_uneven_heads(plan)
+
+
+def _load_source(prepared: Prepared, dtype: str) -> Loaded:
+    """The source model, as the architecture that the plan was made for."""
+    loaded = load_model(prepared.source, dtype=dtype)
+    if loaded.model.config.model_type == prepared.config.model_type:
+        return loaded
+    from attnconvert.surgery.regroup import as_stock
+
+    return replace(loaded, model=as_stock(loaded.model))
+
+
+def _swap(job: _Job, model: Any, texts: _Texts) -> tuple[dict[int, ConvertedLayer], ConversionPlan]:
+    """Convert the loaded model in place. Returns the layers to train, which hold what their teachers need, and the plan that was carried out."""
+    from attnconvert.surgery.swap import swap
+
+    prepared, plan, seed, ui = job.prepared, job.prepared.plan, _seed(job.prepared, job.options), job.ui
+    if has_uneven_heads(plan):
+        decided = assign_rules(prepared.recipe.recipe.layers, len(plan.layers))
+        settings = {
+            row.layer_idx: prepared.recipe.recipe.layers[index].config
+            for row, index in zip(plan.layers, decided, strict=True)
+            if row.method is not None and index is not None
+        }
+        layers, plan = uneven_for_training(model, prepared.sites, plan, settings, texts.transfer, seed, ui.note, ui.on_eval)
+        return dict(layers), plan
+    if regrouped_heads(plan) is not None:
+        return dict(regroup_for_training(model, prepared.sites, plan, texts.transfer, seed, ui.note, ui.on_eval)), plan
+    swap(model, plan)
+    return _cores(model), plan
 
 
 def _compiles(job: _Job, num_tokens: int) -> bool:
@@ -817,7 +891,7 @@ def _evaluate(job: _Job, tokenizer: Any, texts: _Texts) -> EvalReport:
         student = load_merged(out).model
     else:
         student = load_converted(out)
-    teacher = load_model(job.prepared.source, dtype=job.options.dtype).model
+    teacher = _load_source(job.prepared, job.options.dtype).model
     student, teacher = (_on_device(model, job) for model in (student, teacher))
     ablations: dict[str, Callable[[], Any]] = {}
     if any(getattr(core, "linear", False) for core in _cores(student).values()):
@@ -876,7 +950,7 @@ def _write_report(job: _Job, report: EvalReport) -> None:
 def run_same_data_baseline(prepared: Prepared, options: RunOptions, ui: RunUI) -> Quality:
     """The honest comparison: the softmax model with the same LoRA, finetuned on the same rows, measured as a converted one is.
 
-    Trains `stages.finetune` as the recipe has it; its metrics and checkpoints stay in `options.out`, no model is saved.
+    Trains `stages.finetune` as the recipe has it, where KV heads become fewer the old projections in full like the new ones; its metrics and checkpoints stay in `options.out`, no model is saved.
 
     Args:
         prepared: the conversion to compare with; its adapters sit on the layers that it converts.
@@ -886,6 +960,7 @@ def run_same_data_baseline(prepared: Prepared, options: RunOptions, ui: RunUI) -
     from attnconvert.convert.evaluate import evaluate_models
     from attnconvert.distill.finetune import run_finetune
     from attnconvert.distill.lora import add_lora, merge_lora
+    from attnconvert.surgery.regrouped import remember_sources
 
     device, precision = torch_device(options.device), _precision(prepared, options)
     folder = Path(os.path.abspath(options.out))
@@ -897,14 +972,15 @@ def run_same_data_baseline(prepared: Prepared, options: RunOptions, ui: RunUI) -
     _make_folders(folder)
     with _fast_matmul(device), _explained_memory(job):
         with job.phase("load model"):
-            student = _on_device(load_model(prepared.source, dtype=options.dtype).model, job)
+            student = _on_device(_load_source(prepared, options.dtype).model, job)
         with job.phase("finetune"):
+            layers: Mapping[int, ConvertedLayer] = remember_sources(student, prepared.sites) if _new_projections(prepared.plan) else {}
             wrapped = add_lora(student, [row.path for row in prepared.plan.converted], recipe.stages.finetune.lora, seed=seed)
             context = replace(job.context(folder), compile=_compiles(job, recipe.stages.finetune.tokens))
-            run_finetune(wrapped, {}, texts.finetune, recipe.stages.finetune, context)
+            run_finetune(wrapped, layers, texts.finetune, recipe.stages.finetune, context)
             student = cast(Any, merge_lora(wrapped)).eval().requires_grad_(False)
         with job.phase("evaluate"):
-            teacher = _on_device(load_model(prepared.source, dtype=options.dtype).model, job)
+            teacher = _on_device(_load_source(prepared, options.dtype).model, job)
             report = evaluate_models(
                 student,
                 teacher,

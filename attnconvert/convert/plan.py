@@ -15,7 +15,7 @@ from attnconvert.convert.report import compact_settings, format_bytes, format_se
 from attnconvert.errors import AttnConvertError, ErrorGroup
 from attnconvert.recipes.schema import SOFTMAX, Recipe, assign_rules, resolve_layers
 from attnconvert.surgery import registry
-from attnconvert.surgery.methods.exact import softmax_cost
+from attnconvert.surgery.method import softmax_cost
 from attnconvert.surgery.plan import ConversionPlan, LayerPlan
 
 if TYPE_CHECKING:
@@ -68,7 +68,10 @@ def build_plan(recipe: Recipe, config: Any, sites: Sequence[Site]) -> Conversion
         method = registry.get(rule.method)
         problems = method.check(rule.config, site)
         if not problems:
-            rows.append(_with(softmax, method=rule.method, config=method.runtime_config(rule.config)))
+            settings = method.runtime_config(rule.config)
+            if method.key_value_heads is not None:
+                settings["num_key_value_heads"] = method.key_value_heads(rule.config, site)
+            rows.append(_with(softmax, method=rule.method, config=settings))
         elif rule.match == "all" and site.sliding_window is not None and all(_ALREADY_SLIDING in problem for problem in problems):
             # Such a layer is cheap already, and `all` did not ask for it by number.
             rows.append(_with(softmax, reason=problems[0]))
@@ -125,7 +128,8 @@ def _check_stages(recipe: Recipe, plan: ConversionPlan) -> None:
     transfer = recipe.stages.transfer
     cores = list(_cores(plan))
     if transfer.tokens and transfer.loss == "weights":
-        without = [row.layer_idx for row, core in cores if not _num_parameters(core) or type(core).weight_loss is AttentionCore.weight_loss]
+        able = {row.layer_idx for row, core in cores if _num_parameters(core) and type(core).weight_loss is not AttentionCore.weight_loss}
+        without = [row.layer_idx for row in plan.converted if row.layer_idx not in able]
         if without:
             raise AttnConvertError(
                 "no-weight-loss",
@@ -142,7 +146,8 @@ def _check_stages(recipe: Recipe, plan: ConversionPlan) -> None:
             hint="name the layers with keep.layers, or give a stage some tokens",
         )
     if plan.num_kept_later and plan.keep_by == "layer_error":
-        measured = [row for row, core in cores if _num_parameters(core)] if transfer.tokens else []
+        fixed = {row.layer_idx for row, core in cores if not _num_parameters(core)}
+        measured = [row for row in plan.converted if row.layer_idx not in fixed] if transfer.tokens else []
         if len(measured) < plan.num_kept_later:
             why = "stages.transfer.tokens is 0" if not transfer.tokens else "the converted layers have nothing to train in transfer"
             raise AttnConvertError(
@@ -155,7 +160,7 @@ def _check_stages(recipe: Recipe, plan: ConversionPlan) -> None:
 
 
 def _cores(plan: ConversionPlan) -> Iterator[tuple[LayerPlan, AttentionCore]]:
-    """The converted rows with their cores, built on the meta device: shapes without memory."""
+    """The converted rows that get a core, with it, built on the meta device: shapes without memory."""
     import torch
 
     from attnconvert.surgery.runtime.cores import core_class
@@ -163,6 +168,8 @@ def _cores(plan: ConversionPlan) -> Iterator[tuple[LayerPlan, AttentionCore]]:
     with torch.device("meta"):
         for row in plan.converted:
             assert row.method is not None
+            if registry.get(row.method).runtime is None:
+                continue
             yield row, core_class(row.method)(row.num_heads, row.num_key_value_heads, row.head_dim, **row.config)  # type: ignore[call-arg]
 
 
@@ -227,6 +234,7 @@ class Estimate:
         length: context length in tokens for bytes and FLOPs.
         element_size: bytes per weight and per cached key element.
         num_parameters: of the model before conversion.
+        trained_parameters: what transfer trains: new parameters, and projections made anew.
         layers: one entry per layer; layers that go back to softmax after transfer count as converted here (which ones is not known yet).
         stages: transfer, finetune.
         model_bytes: weights of the finished checkpoint.
@@ -236,6 +244,7 @@ class Estimate:
     length: int
     element_size: int
     num_parameters: int
+    trained_parameters: int
     layers: tuple[LayerEstimate, ...]
     stages: tuple[StageEstimate, ...]
     model_bytes: int
@@ -288,18 +297,24 @@ def estimate(plan: ConversionPlan, sites: Sequence[Site], recipe: Recipe, num_pa
 
     layers = tuple(costs(length))
     new_parameters = sum(layer.num_parameters for layer in layers)
+    made_anew = 0
+    for row, site, index in zip(plan.layers, sites, decided, strict=True):
+        if row.method is not None and not new.get(row.layer_idx):
+            assert index is not None
+            made_anew += registry.get(row.method).cost(recipe.layers[index].config, site, length, element_size).num_parameters
+    trained = new_parameters + made_anew
     stages = []
     for name in ("transfer", "finetune"):
         stage = recipe.stages.transfer if name == "transfer" else recipe.stages.finetune
         tokens = stage.steps * stage.batch_size * stage.length
-        if name == "transfer" and not new_parameters:
+        if name == "transfer" and not trained:
             tokens = 0
         per_row = costs(stage.length)
         teacher = sum(layer.flops_before for layer in per_row) / stage.length
         student = sum(layer.flops_after for layer in per_row) / stage.length
         if name == "transfer":
-            # One forward pass of the teacher, and every core forward and backward (twice a forward).
-            per_token = 2.0 * num_parameters + teacher + 3 * student
+            # One forward pass of the teacher, and every core and new projection forward and backward (twice a forward).
+            per_token = 2.0 * num_parameters + teacher + 3 * (student + 2 * made_anew)
         else:
             # Teacher and student forward; backward through frozen weights costs one more forward, of attention two.
             with_teacher = recipe.stages.finetune.kl > 0
@@ -310,7 +325,7 @@ def estimate(plan: ConversionPlan, sites: Sequence[Site], recipe: Recipe, num_pa
                 name,
                 tokens,
                 flops,
-                _training_bytes(plan, recipe, name, num_parameters, new_parameters, element_size) if tokens else 0,
+                _training_bytes(plan, recipe, name, num_parameters, trained, element_size) if tokens else 0,
                 {kind: max(flops / rate, SECONDS_PER_STEP[kind] * tokens / (stage.batch_size * stage.length)) for kind, rate in ASSUMED_FLOPS.items()},
             )
         )
@@ -318,6 +333,7 @@ def estimate(plan: ConversionPlan, sites: Sequence[Site], recipe: Recipe, num_pa
         length=length,
         element_size=element_size,
         num_parameters=num_parameters,
+        trained_parameters=trained,
         layers=layers,
         stages=tuple(stages),
         model_bytes=num_parameters * element_size + new_parameters * 4,
@@ -329,13 +345,13 @@ def estimate(plan: ConversionPlan, sites: Sequence[Site], recipe: Recipe, num_pa
     )
 
 
-def _training_bytes(plan: ConversionPlan, recipe: Recipe, name: str, num_parameters: int, new_parameters: int, element_size: int) -> int:
+def _training_bytes(plan: ConversionPlan, recipe: Recipe, name: str, num_parameters: int, trained_parameters: int, element_size: int) -> int:
     """Rough peak memory of a stage."""
     stage = recipe.stages.transfer if name == "transfer" else recipe.stages.finetune
     tokens = (stage.micro_batch_size or stage.batch_size) * stage.length
     first = plan.converted[0]
     hidden = first.num_heads * first.head_dim  # of the attention; the residual stream is about as wide
-    weights = num_parameters * element_size + new_parameters * 4 * 4  # parameter, gradient and two moments of AdamW
+    weights = num_parameters * element_size + trained_parameters * 4 * 4  # parameter, gradient and two moments of AdamW
     if name == "transfer":
         # One layer at a time: q, k, v, y and the core's intermediate tensors, fp32.
         return weights + tokens * hidden * 4 * 24
@@ -354,6 +370,11 @@ def describe_settings(row: LayerPlan) -> str:
     rest = dict(row.config)
     parts = []
     window, sinks, linear = rest.pop("window", None), rest.pop("sinks", None), rest.pop("linear", None)
+    heads = rest.pop("num_key_value_heads", None) or rest.pop("kv_heads", None)
+    if heads is not None:
+        parts.append(f"{row.num_key_value_heads} -> {heads} KV heads")
+    if isinstance(rest.get("query_heads"), int):
+        parts.append(f"{row.num_heads} -> {rest.pop('query_heads')} query heads")
     features = rest.pop("feature_dim", None)
     if isinstance(window, Mapping):
         parts.append(f"window {window['kind']} {window['size']}" if window["size"] else "no window")

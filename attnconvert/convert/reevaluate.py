@@ -17,6 +17,7 @@ from attnconvert.convert.load import Loaded, load_model, resolve
 from attnconvert.convert.merge import load_merged
 from attnconvert.convert.pipeline import FOLDER
 from attnconvert.convert.plan import evaluation_window
+from attnconvert.convert.regroup import regrouped_heads
 from attnconvert.convert.save import FACTS_FILE
 from attnconvert.distill.config import EvalConfig, Suite
 from attnconvert.errors import AttnConvertError
@@ -211,7 +212,8 @@ def evaluate_converted(
     say("load model")
     loaded = load_saved(str(folder), dtype=dtype, device="cpu", base=None if against in (None, NO_TEACHER) else against)
     student = loaded.model
-    if getattr(student.config, "attn_plan", None) is None:
+    plan = _plan_of(student, record)
+    if plan is None:
         raise AttnConvertError("not-converted", f"the model in {str(folder)!r} has no converted attention", hint="give the folder that a conversion wrote")
     config = _eval_config(recipe.evaluate, suite, tokens, student)
     say("read text")
@@ -244,7 +246,6 @@ def evaluate_converted(
     ablations: dict[str, Callable[[], Any]] = {}
     if any(getattr(module, "linear", False) is True for module in student.modules() if hasattr(module, "linear_enabled")):
         ablations["linear branch zeroed"] = lambda: zeroed_linear_branch(student)
-    plan = ConversionPlan.from_dict(student.config.attn_plan)
     say("evaluate")
     report = evaluate_models(
         student,
@@ -303,6 +304,16 @@ def evaluate_converted(
     return report.with_findings(), conversion
 
 
+def _plan_of(student: PreTrainedModel, record: RunRecord) -> ConversionPlan | None:
+    """The plan in the model's config; of a stock checkpoint, whose config has none, that of the run which changed its projections."""
+    plan = getattr(student.config, "attn_plan", None)
+    if plan is not None:
+        return ConversionPlan.from_dict(plan)
+    recorded = record.facts.get("plan")
+    found = None if recorded is None else ConversionPlan.from_dict(recorded)
+    return found if found is not None and regrouped_heads(found) is not None else None
+
+
 def _eval_config(recipe: EvalConfig, suite: Suite | None, tokens: int | None, student: PreTrainedModel) -> EvalConfig:
     """The settings of this evaluation. A suite's rows are not longer than the model was built for; a recipe's are as it says."""
     config = recipe if suite is None else EvalConfig.suite(suite, recipe)
@@ -323,12 +334,14 @@ def _with_fidelity(
     seed: int,
     progress: EvalProgress | None,
 ) -> EvalReport:
-    """The report with attention maps compared and text side by side."""
+    """The report with attention maps compared, where there are cores on the projections of the original to ask for theirs, and text side by side."""
     from attnconvert.convert.fidelity import attention_fidelity, side_by_side
+    from attnconvert.surgery.swap import changed_projections
 
-    fidelity = attention_fidelity(student, teacher, rows, device=device, num_rows=num_rows, seed=seed, progress=progress)
-    generation = side_by_side(student, teacher, tokenizer, device=device)
-    return replace(report, fidelity=json_safe(fidelity), generation=tuple(json_safe(generation)))
+    if getattr(student.config, "attn_plan", None) is not None and not changed_projections(student):
+        fidelity = attention_fidelity(student, teacher, rows, device=device, num_rows=num_rows, seed=seed, progress=progress)
+        report = replace(report, fidelity=json_safe(fidelity))
+    return replace(report, generation=tuple(json_safe(side_by_side(student, teacher, tokenizer, device=device))))
 
 
 # ---------------------------------------------------------------- limits, for CI

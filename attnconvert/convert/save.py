@@ -55,7 +55,7 @@ _SAMPLES = 1024
 
 
 def save_checkpoint(model: Any, tokenizer: Any, out: Path, *, dtype: torch.dtype, extra_files: Mapping[str, str], overwrite: bool = False) -> None:
-    """Write a complete checkpoint: safetensors, config with the plan, generation config, tokenizer, code files, extra files.
+    """Write a complete checkpoint: safetensors, config, generation config, tokenizer, extra files; with the plan and code where the model has cores.
 
     Args:
         model: a converted transformers model, adapters merged. It ends on the CPU with its weights in `dtype`.
@@ -77,7 +77,22 @@ def save_checkpoint(model: Any, tokenizer: Any, out: Path, *, dtype: torch.dtype
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _write_texts(folder, extra_files)
+        if not _is_ours(model):
+            check_stock(folder, model)
         check_reload(model, folder)
+
+
+def _is_ours(model: Any) -> bool:
+    """Whether the model has attention cores, and its checkpoint therefore code."""
+    return getattr(model.config, "attn_plan", None) is not None
+
+
+def check_stock(folder: Path, model: Any) -> None:
+    """What was saved of a model without attention cores needs no code but transformers'."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert "auto_map" not in config, "the checkpoint asks for remote code"
+    assert config["architectures"] == [type(model).__name__], "the architecture changed"
+    assert not list(folder.glob("*.py")), "the checkpoint carries code"
 
 
 def save_adapters(
@@ -400,7 +415,8 @@ def check_parity(model: Any) -> Parity:
 
 
 def _probe_window(model: Any) -> int:
-    windows = [row["config"].get("window") for row in model.config.attn_plan["layers"] if row["method"] is not None]
+    plan = getattr(model.config, "attn_plan", None) or {"layers": []}
+    windows = [row["config"].get("window") for row in plan["layers"] if row["method"] is not None]
     return max([int(window["size"]) for window in windows if isinstance(window, Mapping)] + [0]) or 64
 
 
@@ -465,8 +481,8 @@ torch.set_num_threads(facts["threads"])
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-AutoTokenizer.from_pretrained(facts["folder"], trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(facts["folder"], trust_remote_code=True, dtype="auto").eval()
+AutoTokenizer.from_pretrained(facts["folder"], trust_remote_code=facts["code"])
+model = AutoModelForCausalLM.from_pretrained(facts["folder"], trust_remote_code=facts["code"], dtype="auto").eval()
 for tensor in (*model.parameters(), *model.buffers()):
     tensor.data = tensor.data.clone()
 want = load_file(facts["want"])
@@ -485,7 +501,7 @@ print(json.dumps({
 def check_reload(model: Any, folder: Path) -> None:
     """Load `folder` in a fresh process that cannot import attnconvert, and compare logits and greedy tokens, bit for bit.
 
-    Both sides run on the CPU with the same number of threads and on fresh copies of the weights, so equal weights give equal bits: a BLAS may round
+    A model without attention cores must load without code from its folder. Both sides run on the CPU with the same number of threads and on fresh copies of the weights, so equal weights give equal bits: a BLAS may round
     differently where a matrix does not begin at a cache line, as one that is mapped from a file does.
 
     Args:
@@ -507,7 +523,14 @@ def check_reload(model: Any, folder: Path) -> None:
         want = Path(temporary) / "want.safetensors"
         save_file({"ids": ids, "logits": logits.contiguous(), "tokens": tokens.contiguous()}, str(want))
         sys_path = [entry for entry in sys.path if os.path.isabs(entry)]  # the same torch and transformers as here
-        facts = {"sys_path": sys_path, "threads": torch.get_num_threads(), "folder": str(folder.resolve()), "want": str(want), "generate": options}
+        facts = {
+            "sys_path": sys_path,
+            "threads": torch.get_num_threads(),
+            "folder": str(folder.resolve()),
+            "want": str(want),
+            "generate": options,
+            "code": _is_ours(model),
+        }
         # The code files of the checkpoint are copied into a cache of modules; this one must not be found there again.
         secret = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # the process runs the checkpoint's own code
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", *secret)} | {

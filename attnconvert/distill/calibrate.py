@@ -9,23 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from attnconvert.distill.data import epoch_indices
-from attnconvert.distill.loop import Core, RunContext, autocast
+from attnconvert.distill.loop import ConvertedLayer, RunContext, autocast
 from attnconvert.distill.losses import hidden_states
 
 if TYPE_CHECKING:
     from attnconvert.distill.data import PackedRows
 
 
-def calibrate(model: nn.Module, cores: Mapping[int, Core], rows: PackedRows, run: RunContext, *, num_rows: int = 16) -> None:
-    """Shows every core the teacher's q, k and v of `num_rows` rows, one row at a time; afterwards no tap is left.
+def calibrate(model: nn.Module, layers: Mapping[int, ConvertedLayer], rows: PackedRows, run: RunContext, *, num_rows: int = 16) -> None:
+    """Shows every core that asks for it the teacher's q, k and v of `num_rows` rows, one row at a time; afterwards no tap is left.
 
     Args:
         model: the converted causal LM on `run.device`.
-        cores: layer index -> the core of that layer.
+        layers: converted layers by index.
         rows: training rows; the first ones in the training order of `run.seed` are used.
         run: where and how.
     """
-    wanting = [core for core in cores.values() if core.needs_calibration]
+    wanting = [core for core in layers.values() if core.needs_calibration]
     if not wanting:
         return
 

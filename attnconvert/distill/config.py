@@ -95,7 +95,9 @@ class FinetuneConfig(OptimizerConfig):
 
     lr: float = Field(default=5e-4, gt=0, description="peak learning rate of the adapters")
     core_lr: float | None = Field(default=None, gt=0, description="peak learning rate of the new attention parameters; null = lr")
-    train_cores: bool = Field(default=True, description="also train the new attention parameters (false: LoLCATs)")
+    train_cores: bool = Field(
+        default=True, description="also train the new attention parameters, of regrouped layers the projections in full (false: adapters alone, as LoLCATs)"
+    )
     kl: float = Field(default=0.9, ge=0, description="weight of KL(teacher || student) over the vocabulary, nats per token")
     ce: float = Field(default=0.1, ge=0, description="weight of cross-entropy against the text, nats per token")
     lora: LoraConfig = LoraConfig()

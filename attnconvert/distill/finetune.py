@@ -1,7 +1,7 @@
 """LoRA finetuning of the whole converted model against the teacher's logits (forward KL) and the text (cross-entropy).
 
-The teacher is the same set of weights with the adapters off and every core in teacher mode, so no second model is held. On an unconverted model
-(no cores) the same code gives the baseline: the softmax model finetuned on the same tokens.
+The teacher is the same set of weights with the adapters off and every converted layer in teacher mode, so no second model is held. On an unconverted
+model (no converted layers) the same code gives the baseline: the softmax model finetuned on the same tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from attnconvert.distill.data import IGNORE_INDEX, epoch_indices
 from attnconvert.distill.loop import (
-    Core,
+    ConvertedLayer,
     ParamGroup,
     RunContext,
     StageResult,
@@ -40,15 +40,15 @@ _CHUNK_ELEMENTS = 2**26
 """Logits held at once: 256 MiB per fp32 tensor, of which the loss needs about four."""
 
 
-def run_finetune(model: peft.PeftModel, cores: Mapping[int, Core], rows: PackedRows, config: FinetuneConfig, run: RunContext) -> StageResult:
-    """Trains the adapters, and the cores when `config.train_cores`; the base weights never change.
+def run_finetune(model: peft.PeftModel, cores: Mapping[int, ConvertedLayer], rows: PackedRows, config: FinetuneConfig, run: RunContext) -> StageResult:
+    """Trains the adapters, and what is new in the converted layers when `config.train_cores`; other weights never change.
 
     KL is averaged over all tokens of a batch, cross-entropy over those with a next token in their document; both by the counts of the whole batch, so
     `micro_batch_size` changes nothing but rounding. Dropout is that of the adapters only; the model itself stays in eval mode.
 
     Args:
         model: the result of `lora.add_lora`, on `run.device`.
-        cores: layer index -> the core of that layer, parameters in fp32; empty for an unconverted model.
+        cores: layer index -> the core (or regrouped module) of that layer, parameters in fp32; empty for an unconverted model.
         rows: training rows of `config.length` tokens.
         config: the recipe's `stages.finetune`.
         run: where and how.
@@ -125,7 +125,7 @@ def run_finetune(model: peft.PeftModel, cores: Mapping[int, Core], rows: PackedR
 
 
 @contextmanager
-def _as_teacher(model: peft.PeftModel, cores: Mapping[int, Core]) -> Iterator[None]:
+def _as_teacher(model: peft.PeftModel, cores: Mapping[int, ConvertedLayer]) -> Iterator[None]:
     before = [(core, core.teacher) for core in cores.values()]
     try:
         for core, _ in before:

@@ -49,13 +49,17 @@ class Progress(Protocol):
         """Called once per optimizer step, in order, after it; in bursts of `log_every` steps. `metrics` is the line of metrics.jsonl."""
 
 
-class Core(Protocol):
-    """What training needs of a converted layer's attention core (an `nn.Module`).
+class ConvertedLayer(Protocol):
+    """What training needs of a converted layer: who the teacher is, what is trained, and both outputs for one input.
+
+    For a method that replaces the attention this is the core (an `nn.Module`), with inputs (q, k, v, inputs) after the projections. For one that
+    changes the projections it is `surgery.regrouped.RegroupedLayer`, whose inputs are the call of the attention module. The last input says
+    which tokens count, `valid()` bool [B, T].
 
     Attributes:
-        teacher: True = the layer computes the original softmax attention.
+        teacher: True = the layer computes what it did before the conversion.
         needs_calibration: whether `calibrate.calibrate` has something to set.
-        tap: None, or a function called as `tap(core, q, k, v, inputs, y)` with the teacher's output y; then the layer returns y.
+        tap: None, or a function called as `tap(layer, *inputs, y)` with the teacher's output y; then the layer returns y.
     """
 
     teacher: bool
@@ -63,10 +67,10 @@ class Core(Protocol):
     tap: Any
 
     def __call__(self, *args: Any) -> Any:
-        """(q, k, v, inputs) -> the student's attention output [B, H, T, D]."""
+        """Inputs -> the student's output, shaped as y: [B, H, T, D] of a core, [B, 1, T, E] of a module with its output projection."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The new parameters of the layer, fp32."""
+        """What is trained in the layer besides adapters, fp32."""
 
 
 @dataclass(frozen=True)

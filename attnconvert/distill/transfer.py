@@ -1,8 +1,8 @@
 """Attention transfer: every converted layer sees the teacher's hidden state and learns the teacher's attention.
 
-One forward pass of the teacher per micro-batch. In each converted layer a tap computes the core's own output, the layer-local loss and its
-gradient at once, so the graph of one layer exists at a time; the layer then passes the teacher's output on. Layers never meet
-in a gradient: this is L independent regressions that share a forward pass.
+One forward pass of the teacher per micro-batch. In each converted layer a tap computes the student's own output (of the core, or of the attention
+module where its projections are what changed), the layer-local loss and its gradient at once, so the graph of one layer exists at a time; the layer
+then passes the teacher's output on. Layers never meet in a gradient: this is L independent regressions that share a forward pass.
 
 The loss of a layer on a batch (config.loss, config.relative; sums over the valid tokens of the *whole* batch):
     output, relative   sum |y_student - y_teacher|^2 / sum |y_teacher|^2
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from attnconvert.distill.data import epoch_indices
-from attnconvert.distill.loop import Core, ParamGroup, RunContext, StageResult, autocast, skip_stage, train
+from attnconvert.distill.loop import ConvertedLayer, ParamGroup, RunContext, StageResult, autocast, skip_stage, train
 from attnconvert.distill.losses import attention_output_error, hidden_states
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 class _Layer:
     """One trained layer and what the micro-batches of the current step have added up (0-d tensors on the device)."""
 
-    core: Core
+    core: ConvertedLayer
     params: dict[str, nn.Parameter]
     loss: Tensor | float = 0.0
     normaliser: Tensor | float = 0.0
@@ -53,11 +53,11 @@ class _Tap:
 
     config: TransferConfig
     run: RunContext
-    forward: Callable[[Core, Tensor, Tensor, Tensor, Any], Tensor]
+    forward: Callable[..., Tensor]
     num_micro_batches: int
 
 
-def run_transfer(model: nn.Module, cores: Mapping[int, Core], rows: PackedRows, config: TransferConfig, run: RunContext) -> StageResult:
+def run_transfer(model: nn.Module, cores: Mapping[int, ConvertedLayer], rows: PackedRows, config: TransferConfig, run: RunContext) -> StageResult:
     """Trains the cores on the teacher's attention; afterwards only their parameters differ and no tap is left.
 
     A core without parameters cannot learn: its layer computes the teacher's softmax during the stage and reports no error. When no core has any,
@@ -65,7 +65,7 @@ def run_transfer(model: nn.Module, cores: Mapping[int, Core], rows: PackedRows, 
 
     Args:
         model: the converted causal LM on `run.device`, weights in any floating dtype.
-        cores: layer index -> the core of that layer, parameters in fp32.
+        cores: layer index -> the core (or regrouped module) of that layer, parameters in fp32.
         rows: training rows of `config.length` tokens.
         config: the recipe's `stages.transfer`.
         run: where and how.
@@ -113,12 +113,12 @@ def run_transfer(model: nn.Module, cores: Mapping[int, Core], rows: PackedRows, 
             core.teacher, core.tap = teacher, tap
 
 
-def _call_core(core: Core, q: Tensor, k: Tensor, v: Tensor, inputs: Any) -> Tensor:
-    out: Tensor = core(q, k, v, inputs)
+def _call_core(core: ConvertedLayer, *inputs: Any) -> Tensor:
+    out: Tensor = core(*inputs)
     return out
 
 
-def _core_forward(run: RunContext) -> Callable[[Core, Tensor, Tensor, Tensor, Any], Tensor]:
+def _core_forward(run: RunContext) -> Callable[..., Tensor]:
     if not run.compile:
         return _call_core
     if run.device.type != "cuda":
@@ -128,27 +128,28 @@ def _core_forward(run: RunContext) -> Callable[[Core, Tensor, Tensor, Tensor, An
     return torch.compile(_call_core, dynamic=False)
 
 
-def _tap(layer: _Layer, shared: _Tap, core: Core, q: Tensor, k: Tensor, v: Tensor, inputs: Any, y: Tensor) -> None:
-    """Adds this micro-batch's gradient to the layer's parameters. q [B, H, T, D], k and v [B, G, T, D], y [B, H, T, D] (teacher)."""
+def _tap(layer: _Layer, shared: _Tap, core: ConvertedLayer, *inputs: Any) -> None:
+    """Adds this micro-batch's gradient to the layer's parameters. The last of `inputs` is the teacher's output y, [B, H, T, D] or [B, 1, T, E]."""
+    *given, y = (x.detach() if isinstance(x, Tensor) else x for x in inputs)
     try:
-        _local_backward(layer, shared, core, q.detach(), k.detach(), v.detach(), inputs, y.detach())
+        _local_backward(layer, shared, core, given, y)
     except Exception as error:
         if shared.forward is _call_core or not _is_compile_error(error):
             raise
         _log.warning("the cores run uncompiled from here on, because compiling failed: %s", error)
         shared.forward = _call_core
-        _local_backward(layer, shared, core, q.detach(), k.detach(), v.detach(), inputs, y.detach())
+        _local_backward(layer, shared, core, given, y)
 
 
-def _local_backward(layer: _Layer, shared: _Tap, core: Any, q: Tensor, k: Tensor, v: Tensor, inputs: Any, y: Tensor) -> None:
-    valid: Tensor = inputs.valid()
+def _local_backward(layer: _Layer, shared: _Tap, core: Any, inputs: Sequence[Any], y: Tensor) -> None:
+    valid: Tensor = inputs[-1].valid()
     num_valid = valid.sum()
     with torch.enable_grad():
         if shared.config.loss == "weights":
-            loss = core.weight_loss(q, k, v, inputs) * num_valid
+            loss = core.weight_loss(*inputs) * num_valid
             size = valid.numel()
         else:
-            loss, power = attention_output_error(shared.forward(core, q, k, v, inputs), y, valid)
+            loss, power = attention_output_error(shared.forward(core, *inputs), y, valid)
             error, size = loss.detach(), y.numel()
         # Any constant of the order of the final normaliser keeps the accumulated gradient near 1; _finish_step takes it out again.
         layer.scale = float(size * shared.num_micro_batches)
@@ -156,7 +157,7 @@ def _local_backward(layer: _Layer, shared: _Tap, core: Any, q: Tensor, k: Tensor
             (loss / layer.scale).backward()
     if shared.config.loss == "weights":  # the output error is what layers, losses and methods are compared by
         with torch.no_grad():
-            error, power = attention_output_error(shared.forward(core, q, k, v, inputs), y, valid)
+            error, power = attention_output_error(shared.forward(core, *inputs), y, valid)
         normaliser = num_valid
     elif shared.config.relative:
         normaliser = power

@@ -25,7 +25,7 @@ class LayerCost:
     Attributes:
         state_bytes: cache bytes held at context length T (all heads, one sequence).
         flops: multiply-adds x 2 of the attention core for a prefill of T tokens, projections excluded.
-        num_parameters: new parameters the method adds to the layer.
+        num_parameters: parameters of the layer that training starts from a rough guess: new ones, or whole projections that were made anew.
     """
 
     state_bytes: int
@@ -45,11 +45,13 @@ class Method:
         config: the pydantic model of its settings.
         check: (config, site) -> reasons why this site cannot be converted; empty = it can. Needs no weights.
         runtime: `module:Class` of the core under `attnconvert.surgery.runtime`; it is built as
-            `Class(num_heads, num_key_value_heads, head_dim, **runtime_config)` and travels with the checkpoint.
-        runtime_config: config -> plain JSON dict of keyword arguments for the core, stored in config.json.
+            `Class(num_heads, num_key_value_heads, head_dim, **runtime_config)` and travels with the checkpoint. None for a method that changes the
+            projections of the attention module and leaves the attention itself alone: its checkpoints need no code of ours.
+        runtime_config: config -> plain JSON dict for the row of the plan, stored in config.json; keyword arguments of the core where there is one.
         cost: (config, site, T, bytes per element) -> LayerCost.
         examples: settings the conformance tests and the docs use.
         exact: a setting at which the core must equal softmax attention, or None when there is none.
+        key_value_heads: (config, site) -> KV heads of the layer afterwards, stored in the row of the plan as `num_key_value_heads`; None = as before.
     """
 
     name: str
@@ -58,8 +60,18 @@ class Method:
     paper: str
     config: type[MethodConfig]
     check: Callable[[Any, Site], list[str]]
-    runtime: str
+    runtime: str | None
     runtime_config: Callable[[Any], dict[str, Any]]
     cost: Callable[[Any, Site, int, int], LayerCost]
     examples: tuple[MethodConfig, ...]
     exact: MethodConfig | None = None
+    key_value_heads: Callable[[Any, Site], int] | None = None
+
+
+def softmax_cost(site: Site, length: int, element_size: int) -> LayerCost:
+    """Cost of a layer that keeps softmax attention: KV bytes, and the causal half of 2 T^2 H D multiply-adds."""
+    keys = min(length, site.sliding_window or length)
+    pairs = length * keys - keys * (keys - 1) // 2
+    return LayerCost(
+        state_bytes=2 * keys * site.num_key_value_heads * site.head_dim * element_size, flops=4 * pairs * site.num_heads * site.head_dim, num_parameters=0
+    )

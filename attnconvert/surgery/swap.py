@@ -12,6 +12,7 @@ from torch import nn
 from attnconvert.errors import AttnConvertError
 from attnconvert.surgery.plan import ConversionPlan
 from attnconvert.surgery.runtime.modeling import attach_cores, config_class, converted_sites, model_class, use_seam
+from attnconvert.surgery.runtime.seam import AttentionCore
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,27 @@ def swap(model: Any, plan: ConversionPlan) -> SwapReport:
     return SwapReport(tuple(before), fresh, sum(after[name].numel() for name in fresh))
 
 
+def changed_projections(model: Any) -> list[int]:
+    """The converted layers whose projections were changed for the core, so that they cannot compute what the original layer did."""
+    return sorted(idx for idx, _, module in converted_sites(model) if type(module.core).fit is not AttentionCore.fit)
+
+
 def restore_softmax(model: Any, layer_idxs: Iterable[int], reason: str) -> ConversionPlan:
     """Put layers back to softmax attention, drop their cores, and return (and store) the new plan.
 
-    Raises AttnConvertError `unknown-layer` when a layer has no core.
+    Raises AttnConvertError `unknown-layer` when a layer has no core, `cannot-restore` when its projections were changed for the core.
     """
     wanted = set(layer_idxs)
     sites = {idx: module for idx, _, module in converted_sites(model)}
     if wanted - set(sites):
         raise AttnConvertError("unknown-layer", f"layers {sorted(wanted - set(sites))} are not converted", expected=f"some of {sorted(sites)}")
+    changed = [idx for idx in changed_projections(model) if idx in wanted]
+    if changed:
+        raise AttnConvertError(
+            "cannot-restore",
+            f"layers {changed} cannot go back to softmax attention: their projections have other heads now",
+            hint="let the plan keep them from the start",
+        )
     for idx in wanted:
         del sites[idx].core
     plan = ConversionPlan.from_dict(model.config.attn_plan)

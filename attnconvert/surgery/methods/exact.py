@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnconvert.surgery.method import LayerCost, Method, MethodConfig
+from attnconvert.surgery.method import LayerCost, Method, MethodConfig, softmax_cost
 from attnconvert.surgery.sites import Site
 
 
@@ -26,15 +26,6 @@ def runtime_config(config: ExactConfig) -> dict[str, Any]:
 
 def cost(config: ExactConfig, site: Site, length: int, element_size: int) -> LayerCost:
     return softmax_cost(site, length, element_size)
-
-
-def softmax_cost(site: Site, length: int, element_size: int) -> LayerCost:
-    """Cost of a layer that keeps softmax attention: KV bytes, and the causal half of 2 T^2 H D multiply-adds."""
-    keys = min(length, site.sliding_window or length)
-    pairs = length * keys - keys * (keys - 1) // 2
-    return LayerCost(
-        state_bytes=2 * keys * site.num_key_value_heads * site.head_dim * element_size, flops=4 * pairs * site.num_heads * site.head_dim, num_parameters=0
-    )
 
 
 METHOD = Method(

@@ -14,6 +14,8 @@ def core_class(method: str) -> type[AttentionCore]:
     Raises:
         AttnConvertError: `unknown-method`.
     """
-    module, name = registry.get(method).runtime.split(":")
+    runtime = registry.get(method).runtime
+    assert runtime is not None, f"{method} has no core: it changes projections"
+    module, name = runtime.split(":")
     core: type[AttentionCore] = getattr(importlib.import_module(module), name)
     return core

@@ -231,6 +231,7 @@ def attach_cores(model: Any, plan: dict[str, Any]) -> None:
     for module, row in found:
         build: Any = core_class(row["method"])
         core = build(row["num_heads"], row["num_key_value_heads"], row["head_dim"], **row["config"])
+        core.fit(module)
         module.core = core if device.type == "meta" else core.to(device)
 
 

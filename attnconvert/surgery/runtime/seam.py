@@ -162,6 +162,13 @@ class AttentionCore(nn.Module):
         self.compile_kernel = False
         self.needs_calibration = False
 
+    def fit(self, module: nn.Module) -> None:
+        """Change the attention module that the core will be the child of, when a model is built or converted. Default: nothing to change."""
+
+    def original(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> Tensor:
+        """The teacher's attention of whole sequences, shapes as in `forward`. Raises ValueError where the layer's projections are no longer the teacher's."""
+        return softmax_attention(q, k, v, scaling=inputs.scaling, start=inputs.start, sliding_window=inputs.sliding_window)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> Tensor:
         """Student attention. q [B, H, T, D], k, v [B, G, T, D] (this call's tokens only) -> [B, H, T, D]; updates `inputs.layer`."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
@@ -225,7 +232,7 @@ def attnconvert_attention(
     if core.teacher or core.tap is not None:
         if layer is not None:
             raise ValueError("teacher mode computes whole sequences: call the model with use_cache=False")
-        out = softmax_attention(query, key, value, scaling=scaling, start=start, sliding_window=window)
+        out = core.original(query, key, value, inputs)
         if core.tap is not None:
             core.tap(core, query, key, value, inputs, out)
     else:
