@@ -10,7 +10,7 @@ from attnconvert.kernels.linear.api import linear_attention
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 # ||got - want|| / ||want|| of a tensor, for (output, gradients); want is fp64 on the same rounded inputs
-BOUNDS = {torch.bfloat16: (1e-2, 3e-2), torch.float16: (5e-3, 2e-2)}
+BOUNDS = {torch.bfloat16: (1e-2, 3e-2), torch.float16: (5e-3, 3e-2)}
 SEEDS = 30
 CASES = [
     Case("block", 64, 0, D=64, F=64, H=9, G=3, dtype=torch.bfloat16, B=2),

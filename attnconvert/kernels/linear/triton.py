@@ -165,6 +165,19 @@ def _state_half(S, offset, used, of, ov, F: tl.constexpr, FP: tl.constexpr, D: t
 
 
 @triton.jit
+def _times_state(x, acc, S, SEG, CARRY, offset, seg_offset, carry_offset, use_seg, of, ov, F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLIT: tl.constexpr, TRANSPOSED: tl.constexpr, LT: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    """Adds x times one half of a state to acc: what is stored, counted from its segment's start, and what the segment starts from."""
+    state = _state_half(S, offset, True, of, ov, F, FP, D, DP, TRANSPOSED)
+    if SPLIT and DP * FP > 128 * 64:
+        # a second matrix beside a large one spills more than the sum costs
+        state = (state.to(tl.float32) + _state_half(SEG, seg_offset, use_seg, of, ov, F, FP, D, DP, TRANSPOSED)).to(LT)
+    acc = tl.dot(x, state, acc, input_precision=PREC)
+    if SPLIT and DP * FP <= 128 * 64:
+        acc = tl.dot(x, _state_half(CARRY, carry_offset, use_seg, of, ov, F, FP, D, DP, TRANSPOSED), acc, input_precision=PREC)
+    return acc
+
+
+@triton.jit
 def _norm_half(Z, SEG, offset, seg_offset, use_seg, of, F: tl.constexpr, SPLIT: tl.constexpr):
     """One half [F] of a stored normaliser plus its segment's start, fp32."""
     norm = tl.load(Z + offset + of, mask=of < F, other=0.0)
@@ -432,9 +445,9 @@ def output_kernel(
                 far_phi = (phi * here[:, None]).to(LT)
             else:
                 far_phi = phi.to(LT)
-            far = tl.dot(far_phi, _state_half(S, (at + half * F) * D, True, of, ov, F, FP, D, DP, False), far, input_precision=PREC)
-            if SPLIT:
-                far = tl.dot(far_phi, _state_half(CARRY, carry_at + half * F * D, use_seg, of, ov, F, FP, D, DP, False), far, input_precision=PREC)
+            far = _times_state(
+                far_phi, far, S, SEG, CARRY, (at + half * F) * D, seg_at + half * F * D, carry_at + half * F * D, use_seg, of, ov, F, FP, D, DP, SPLIT, False, LT, PREC
+            )  # fmt: skip
             if BETWEEN:
                 for block in range(x // BN, tl.cdiv(hi, BN)):
                     i = block * BN + on
@@ -644,9 +657,9 @@ def query_grad_kernel(
         d_gate, d_power = tl.zeros([BM, 1], tl.float32), tl.zeros([BM, 1], tl.float32)
         for half in tl.static_range(2):
             norm = _norm_half(Z, SEG, at + half * F, seg_at + 2 * F * D + half * F, use_seg, of, F, SPLIT)
-            grad = tl.dot(dy.to(LT), _state_half(S, (at + half * F) * D, True, of, od, F, FP, D, DP, True), input_precision=PREC)
-            if SPLIT:
-                grad = tl.dot(dy.to(LT), _state_half(CARRY, carry_at + half * F * D, use_seg, of, od, F, FP, D, DP, True), grad, input_precision=PREC)
+            grad = _times_state(
+                dy.to(LT), tl.zeros([BM, FP], tl.float32), S, SEG, CARRY, (at + half * F) * D, seg_at + half * F * D, carry_at + half * F * D, use_seg, of, od, F, FP, D, DP, SPLIT, True, LT, PREC
+            )  # fmt: skip
             grad = (grad - delta[:, None] * norm[None, :]) * here[:, None]
             if BETWEEN:
                 for block in range(x // BN, tl.cdiv(hi, BN)):
@@ -778,11 +791,12 @@ def key_grad_kernel(
         for half in tl.static_range(2):
             phi = _feature(y * (1 - 2 * half), projected, power, keep_f, 1, F, EVEN_F, GATES)
             far_phi = (phi * reached[:, None]).to(LT)
-            dv = tl.dot(far_phi, _state_half(S, (at + half * F) * D, True, of, od, F, FP, D, DP, False), dv, input_precision=PREC)
-            grad = tl.dot(v.to(LT), _state_half(S, (at + half * F) * D, True, of, od, F, FP, D, DP, True), input_precision=PREC)
-            if SPLIT:
-                dv = tl.dot(far_phi, _state_half(CARRY, carry_at + half * F * D, use_seg, of, od, F, FP, D, DP, False), dv, input_precision=PREC)
-                grad = tl.dot(v.to(LT), _state_half(CARRY, carry_at + half * F * D, use_seg, of, od, F, FP, D, DP, True), grad, input_precision=PREC)
+            dv = _times_state(
+                far_phi, dv, S, SEG, CARRY, (at + half * F) * D, seg_at + half * F * D, carry_at + half * F * D, use_seg, of, od, F, FP, D, DP, SPLIT, False, LT, PREC
+            )  # fmt: skip
+            grad = _times_state(
+                v.to(LT), tl.zeros([BN, FP], tl.float32), S, SEG, CARRY, (at + half * F) * D, seg_at + half * F * D, carry_at + half * F * D, use_seg, of, od, F, FP, D, DP, SPLIT, True, LT, PREC
+            )  # fmt: skip
             norm = _norm_half(Z, SEG, at + half * F, seg_at + 2 * F * D + half * F, use_seg, of, F, SPLIT)
             grad = (grad - norm[None, :]) * reached[:, None]
             if BETWEEN:
