@@ -503,7 +503,10 @@ def generation() -> str:
         best = [max((r for r in done if r["name"] == "generate.based" and r["model"] == model and r["attention"] == kind), key=lambda r: r["tokens_per_second"], default=None) for kind in ("dense", "converted")]  # fmt: skip
         dense, converted = best
         if dense is not None and converted is not None:
-            body.append([model, f"{dense['tokens_per_second']:,.0f} (batch {dense['B']})", f"{converted['tokens_per_second']:,.0f} (batch {converted['B']})", number(converted["tokens_per_second"] / dense["tokens_per_second"], 2)])  # fmt: skip
+            # a series that was cut off while it still rose has no best batch
+            cut = any(r["name"] == "generate.based" and r["model"] == model and "note" in r for _, r in found)
+            ratio = "-, cut off" if cut else number(converted["tokens_per_second"] / dense["tokens_per_second"], 2)
+            body.append([model, *(f"{r['tokens_per_second']:,.0f} (batch {r['B']})" for r in (dense, converted)), ratio])
     if body:
         first = next(r for r in done if r["name"] == "generate.based")
         text += f"### {first['new_tokens']} new tokens after {first['prompt']}, each at its best batch\nTokens a second. BASED (arXiv 2402.18668) reports 24 times FlashAttention-2 in this setting, for its own model of 1.3 B parameters.\n\n"
