@@ -476,6 +476,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile for MLP and norms of both")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     args = parser.parse_args()
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     began = time.monotonic()
     bench.run()

@@ -800,6 +800,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile beforehand; 0 = compile on the way")
     parser.add_argument("--shard", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if args.quick:
         args.rivals = [r for r in args.rivals if r in ("cudnn", "fa3")]
         args.forms = [f for f in args.forms if f in ("published", "gates")]

@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=80.0, help="seconds after which no further row is begun")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if args.tiny:
         args.batch, args.context, args.kv_heads = "2,4", 256, "8,2,1"
     ends = time.monotonic() + args.budget

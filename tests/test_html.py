@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from attnconvert.convert.evaluate import EvalReport
 from attnconvert.convert.html import read_report, render_html, write_html
+from attnconvert.convert.report import render_markdown
 from attnconvert.convert.svg import Block, Series, layer_strip, line_chart, linear_ticks, log_ticks, png_data_uri, scatter
 from attnconvert.errors import AttnConvertError
 
@@ -405,6 +407,15 @@ def test_recall_is_left_out_when_none_of_its_tests_ran() -> None:
 )
 def test_an_empty_document_makes_a_page_without_sections(document: dict[str, Any]) -> None:
     assert Page(render_html(document)).sections == []
+
+
+def test_layers_whose_attention_could_not_be_compared_are_named() -> None:
+    document = full_document(num_layers=4, num_heads=2)
+    assert "Not compared" not in render_html(document)
+    document["evaluation"]["fidelity"]["unreadable"] = [1, 3]
+    sentence = "Not compared, because their attention is not a weighted sum of values: layers 1, 3."
+    assert sentence in render_html(document)
+    assert sentence in render_markdown(EvalReport.from_dict(document["evaluation"]), document["conversion"])
 
 
 def test_any_single_key_may_be_missing_or_null() -> None:

@@ -916,6 +916,9 @@ def _fidelity(evaluation: Mapping[str, Any], findings: Sequence[Row]) -> str:
     table = _table("Attention compared, by layer", columns, rows, levels=levels) if rows else ""
     seen = [f"{_whole(fidelity[key])} {key}" for key in ("rows", "tokens") if math.isfinite(_f(fidelity.get(key)))]
     text = "How close the new attention is to the original's when both see the same input" + (f" ({', '.join(seen)})" if seen else "") + "."
+    left_out = [str(idx) for idx in fidelity.get("unreadable") or () if isinstance(idx, int)]
+    if left_out:
+        text += f" Not compared, because their attention is not a weighted sum of values: layers {', '.join(left_out)}."
     return _p(text) + _figures(boxes) + _details("Figures", table) + _maps(maps)
 
 

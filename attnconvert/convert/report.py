@@ -541,6 +541,9 @@ def _fidelity_section(report: EvalReport) -> str:
         "Each converted layer against softmax attention on the same inputs: squared error of the output relative to its power; KL and entropy (nats) of the "
         "attention weights; rank correlation of the weights over the keys outside the exact window (1 = their order is kept)."
     )
+    left_out = (report.fidelity or {}).get("unreadable")
+    if left_out:
+        text += f" Not compared, because their attention is not a weighted sum of values: layers {', '.join(map(str, left_out))}."
     return f"## Attention\n\n{text}\n\n{_content(table)}"
 
 
