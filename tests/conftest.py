@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 
+from attnconvert.convert import save
+
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 
@@ -52,3 +54,9 @@ def teacher(family):
 @pytest.fixture
 def tiny_llama():
     return make_model("llama")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips the reload in a fresh process, seconds each; test_save.py and one whole run per command have it."""
+    monkeypatch.setattr(save, "check_reload", lambda model, folder: None)

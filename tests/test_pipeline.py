@@ -75,12 +75,6 @@ def error_of(call: Callable[[], Any]) -> AttnConvertError:
     return caught.value
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skips the reload in a fresh process, seconds each; `whole` and test_save.py have it."""
-    monkeypatch.setattr(save, "check_reload", lambda model, folder: None)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Log, pipeline.ConversionResult]:
     """One run with nothing skipped."""

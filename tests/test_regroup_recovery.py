@@ -15,7 +15,7 @@ from conftest import FAMILIES
 from safetensors.torch import load_file
 
 from attnconvert import cli, embedded
-from attnconvert.convert import pipeline, save
+from attnconvert.convert import pipeline
 from attnconvert.convert import regroup as regrouping
 from attnconvert.convert.card import write_card
 from attnconvert.convert.pipeline import RunOptions, prepare, run, run_same_data_baseline
@@ -69,12 +69,6 @@ def error_of(call: Callable[[], Any]) -> AttnConvertError:
     with pytest.raises(AttnConvertError) as caught:
         call()
     return caught.value
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skips the reload in a fresh process, seconds each; `whole` has it."""
-    monkeypatch.setattr(save, "check_reload", lambda model, folder: None)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import COMMON, FAMILIES
+from test_regroup import build
 
 import attnconvert
 from attnconvert.convert.save import check_parity, check_reload
@@ -29,20 +30,6 @@ WIDE = {**COMMON, "num_key_value_heads": 4}
 NO_KV = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 OPT = {**{k: v for k, v in NO_KV.items() if k != "intermediate_size"}, "ffn_dim": 48, "word_embed_proj_dim": 32}
-
-
-def build(config, seed=1):
-    """A random fp32 model whose attention is sharp, with biases and norms that are not their init."""
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2:
-            parameter.data.mul_(5.0)
-        elif name.endswith("bias"):
-            parameter.data.normal_(0, 0.5)
-        else:
-            parameter.data.add_(0.3 * torch.randn_like(parameter))
-    return model
 
 
 def logits(model, ids=IDS, **inputs):
