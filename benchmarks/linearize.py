@@ -141,9 +141,14 @@ def run_row(args: argparse.Namespace, row: str) -> dict[str, Any]:
         "name": "hedgehog", "model": args.label, "variant": variant, "recipe": recipe_name, "tokens": sum(s.tokens for s in stages), "gpu_seconds": round(seconds, 1),
         "jobs_on_gpu": args.jobs, "teacher_ppl": quality["teacher"]["ppl"], **quality["student"], "passkey": passkey.get("student", {}), "teacher_passkey": passkey.get("teacher", {}),
         "ablations": {name: {**q, "passkey": passkey.get(name, {})} for name, q in quality.items() if name not in ("teacher", "student")}, "kept_layers": kept,
-        "layer_errors": stages[0].layer_errors, "stages": [{k: v for k, v in vars(s).items() if k != "layer_errors"} for s in stages], "data": data.description,
+        "layer_errors": stages[0].layer_errors, "stages": [{k: v for k, v in vars(s).items() if k != "layer_errors"} for s in stages], "data": named(data.description),
         "curve": [json.loads(line) for i, line in enumerate((run_dir / "metrics.jsonl").read_text().splitlines()) if i % 10 == 9 and '"finetune"' in line], "overrides": overrides,
     }  # fmt: skip
+
+
+def named(description: dict[str, Any]) -> dict[str, Any]:
+    """A description of data with the names of files instead of their paths, which mean nothing elsewhere."""
+    return {key: Path(value).name if key in ("source", "eval_source") and isinstance(value, str) else value for key, value in description.items()}
 
 
 def meta(command: str) -> dict[str, Any]:

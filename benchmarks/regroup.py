@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from linearize import Log, cached_data, meta
+from linearize import Log, cached_data, meta, named
 
 from attnconvert.convert.evaluate import EvalReport, evaluate_models
 from attnconvert.convert.load import load_model, load_tokenizer, resolve
@@ -131,7 +131,7 @@ def run_row(args: argparse.Namespace, variant: str, text: str) -> dict[str, Any]
         "budget": parse_token_count(text), "tokens": sum(stage.tokens for stage in stages), "seconds": round(seconds, 1), "jobs": args.jobs,
         "teacher_ppl": report.quality_of("teacher").ppl.value, **figures(report), "start": start, "transfer": between,
         "passkey": passkey.get("student", {}), "teacher_passkey": passkey.get("teacher", {}), "layer_errors": stages[0].layer_errors,
-        "stages": [{k: v for k, v in vars(stage).items() if k != "layer_errors"} for stage in stages], "data": data.description,
+        "stages": [{k: v for k, v in vars(stage).items() if k != "layer_errors"} for stage in stages], "data": named(data.description),
         "curve": [json.loads(line) for i, line in enumerate(metrics) if i % 10 == 9 and '"finetune"' in line], "overrides": overrides,
     }  # fmt: skip
 
