@@ -10,7 +10,7 @@ from attnconvert.kernels.linear.api import linear_attention
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 # ||got - want|| / ||want|| of a tensor, for (output, gradients); want is fp64 on the same rounded inputs
-BOUNDS = {torch.bfloat16: (1e-2, 3e-2), torch.float16: (5e-3, 3e-2)}
+BOUNDS = {torch.bfloat16: (1e-2, 2e-2), torch.float16: (5e-3, 1e-2)}
 SEEDS = 30
 CASES = [
     Case("block", 64, 0, D=64, F=64, H=9, G=3, dtype=torch.bfloat16, B=2),
@@ -24,6 +24,15 @@ CASES = [
     Case("sliding", 64, 4, D=64, linear=False, H=8, G=2, dtype=torch.bfloat16),
     Case("block", 64, 2, D=64, F=64, H=3, G=1, gate_size=8.0, dtype=torch.float16),  # gates at e^12, above what fp16 holds
 ]
+# Gradients of maps whose terms nearly cancel, measured on an H100: 2.2 % off (a window that starts anywhere, 8 query heads a KV head), and 2.1 % (gates that
+# scale features over e^24, in tf32).
+CANCELLING = {CASES[4]: 3e-2, CASES[9]: 3e-2}
+
+
+def bounds(case):
+    """For (output, gradients)."""
+    for_output, for_gradients = BOUNDS[case.dtype]
+    return for_output, CANCELLING.get(case, for_gradients)
 
 
 def on_gpu(case, seed=0):
@@ -46,7 +55,7 @@ def test_many_seeds_agree_with_fp64_and_twice_give_the_same_bits(case):
         drawn = case._replace(T=2 * int(torch.randint(0, 300, (), generator=torch.Generator().manual_seed(seed))) + 1)
         x = on_gpu(drawn, seed)
         exact, given = leaves(x, torch.float64), leaves(x)
-        for_output, for_gradients = BOUNDS[case.dtype]
+        for_output, for_gradients = bounds(case)
         want = call(torch_impl.linear_attention, drawn, exact).output
         got = triton_attention(drawn, given).output
         assert_near(f"output, seed {seed}, T={drawn.T}", got, want, for_output)

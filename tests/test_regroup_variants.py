@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import COMMON, FAMILIES
-from test_regroup import build
+from test_regroup import build, moments_of, prepare
 
 import attnconvert
 from attnconvert.convert.save import check_parity, check_reload
@@ -35,17 +35,6 @@ OPT = {**{k: v for k, v in NO_KV.items() if k != "intermediate_size"}, "ffn_dim"
 def logits(model, ids=IDS, **inputs):
     with torch.no_grad():
         return model(ids, use_cache=False, **inputs).logits
-
-
-def prepare(model, targets=()):
-    sites = surgery.check_architecture(model.config, targets)
-    return sites, surgery.find_freedom(model, sites)
-
-
-def moments_of(model, sites):
-    with torch.no_grad(), surgery.second_moments(model, sites) as moments:
-        model.base_model(torch.randint(0, model.config.vocab_size, (8, 64), generator=torch.Generator().manual_seed(2)))
-    return moments
 
 
 # ---------------------------------------------------------------- groups
