@@ -1,6 +1,6 @@
 """Decode speed against KV heads, through a stock reload: 32 query heads, 32 -> 8, 4, 1 KV heads, one step at a context of 32768 tokens.
 
-    python benchmarks/bench_regroup_decode.py --out FILE [--batch 8,32] [--context 32768] [--kv-heads 32,8,4,1] [--budget 80]
+    python benchmarks/bench_regroup_decode.py --out benchmarks/results/gqa_decode_h100.json [--batch 8,32] [--context 32768] [--kv-heads 32,8,4,1] [--budget 80]
     python benchmarks/bench_regroup_decode.py --out FILE --tiny      a tiny model on the CPU, to rehearse the program
 
 What the figures mean:
