@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_kernel_linear import draw, options
 
+from attnconvert.kernels import choice
 from attnconvert.kernels.linear import api
 from attnconvert.kernels.linear.reference import linear_attention as reference
 
@@ -22,11 +23,11 @@ def test_triton_by_name_says_why_it_cannot_run_instead_of_falling_back() -> None
 
 
 def test_the_environment_variable_replaces_auto_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_AUTO", "triton")
+    monkeypatch.setattr(choice, "_AUTO", "triton")
     x, settings = draw(20, dtype=torch.float32), options("block", 8, 2)
     with pytest.raises(ValueError, match="triton"):
         api.linear_attention(**x, **settings)
     api.linear_attention(**x, **settings, impl="reference")
-    monkeypatch.setattr(api, "_AUTO", "cuda")
+    monkeypatch.setattr(choice, "_AUTO", "cuda")
     with pytest.raises(ValueError, match=r"'cuda', not one of auto, reference, triton .*ATTNCONVERT_IMPL"):
         api.linear_attention(**x, **settings)

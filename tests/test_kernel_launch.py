@@ -12,7 +12,7 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from attnconvert.kernels.linear.launch import ALIGNMENT, Launch, Layout, Plan  # noqa: E402
+from attnconvert.kernels.launch import ALIGNMENT, Launch, Layout, Plan  # noqa: E402
 
 
 class Recorder:

@@ -5,8 +5,8 @@ import struct
 import pytest
 
 pytest.importorskip("triton")
-from attnconvert.kernels.linear.launch import MiscompiledKernelError, sound_options
-from attnconvert.kernels.linear.machine_code import uses_of_stack_pointer
+from attnconvert.kernels.launch import MiscompiledKernelError, sound_options
+from attnconvert.kernels.machine_code import uses_of_stack_pointer
 
 # first halves of instructions, from listings for compute capability 9.0
 SOUND = {

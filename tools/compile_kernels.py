@@ -87,7 +87,7 @@ def compile_config(module: str, index: int, arch: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from attnconvert.kernels.linear.machine_code import uses_of_stack_pointer
+    from attnconvert.kernels.machine_code import uses_of_stack_pointer
 
     config = configs(module, arch)[index]
     signature: dict[str, str] = {}
@@ -124,7 +124,7 @@ def compile_config(module: str, index: int, arch: str) -> Compiled:
         problems.append(f"{local} local-memory instructions")
     wrong = uses_of_stack_pointer(kernel.asm["cubin"])
     if wrong:
-        problems.append(f"an address made from the stack pointer at {wrong[0]}: miscompiled by ptxas, see kernels/linear/machine_code.py")
+        problems.append(f"an address made from the stack pointer at {wrong[0]}: miscompiled by ptxas, see kernels/machine_code.py")
     if shared > SHARED_LIMIT[arch]:
         problems.append(f"{shared} B of shared memory, a block may have {SHARED_LIMIT[arch]}")
     if "tt.dot" in kernel.asm["ttir"] and hgmma + hmma == 0:

@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import logging
-import os
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from attnconvert.kernels.choice import HAS_TRITON, Impl, in_this_process, log_once
 from attnconvert.kernels.linear.reference import LinearOutput, LinearState
 from attnconvert.kernels.linear.reference import linear_attention as reference_linear_attention
-
-logger = logging.getLogger(__name__)
-Impl = Literal["auto", "reference", "triton"]
-IMPLS: tuple[Impl, ...] = ("auto", "reference", "triton")
-IMPL_VARIABLE = "ATTNCONVERT_IMPL"  # what `auto` means in this process: to compare, or to work around a kernel that fails on some GPU
-_AUTO = os.environ.get(IMPL_VARIABLE) or "auto"
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
-
-
-def in_this_process(impl: Impl) -> Impl:
-    """`impl`, with `auto` replaced by the environment variable's value.
-
-    Raises:
-        ValueError: none of the three.
-    """
-    found = _AUTO if impl == "auto" else impl
-    for known in IMPLS:
-        if found == known:
-            return known
-    raise ValueError(f"impl is {found!r}, not one of {', '.join(IMPLS)} (argument impl, or the environment variable {IMPL_VARIABLE})")
 
 
 @functools.cache
@@ -51,7 +23,7 @@ def refusal(
     q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None, linear_log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, with_state: bool
 ) -> str | None:  # fmt: skip
     """Why the Triton kernels cannot take these inputs, or None. with_state: an initial state, or a final one is asked for."""
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         return "the package triton is not installed"
     from attnconvert.kernels.linear.triton_operator import refusal as kernel_refusal
 
@@ -88,7 +60,7 @@ def linear_attention(
         if impl == "triton" and why is not None:
             raise ValueError(f"impl='triton' cannot run here: {why}; use impl='auto' or 'reference'")
         if why is not None and q.is_cuda and not torch.compiler.is_compiling():
-            _log_once(f"linear attention runs in PyTorch, not in Triton: {why}")
+            log_once(f"linear attention runs in PyTorch, not in Triton: {why}")
     if impl == "reference" or why is not None:
         operator: Callable[..., LinearOutput] = _compiled_reference() if compile_reference else reference_linear_attention
     else:

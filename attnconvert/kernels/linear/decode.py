@@ -6,17 +6,11 @@ allocated for the state, nothing waits for the device, and every tensor keeps it
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
-
 import torch
 from torch import Tensor
 
-from attnconvert.kernels.linear.api import Impl, in_this_process
+from attnconvert.kernels.choice import HAS_TRITON, Impl, in_this_process, log_once
 from attnconvert.kernels.linear.reference import MAX_SHIFT, LinearState, feature_map, normalizer, normalizer_slot, window_start
-
-logger = logging.getLogger(__name__)
 
 
 def linear_attention_step(
@@ -66,7 +60,7 @@ def linear_attention_step(
     if impl == "auto" and why is None and q.dtype == torch.float32:
         why = "fp32 input: the PyTorch form is exact, tensor cores are not"
     if impl == "auto" and why is not None and q.device.type == "cuda" and not torch.compiler.is_compiling():
-        _log_once(f"decode steps run in PyTorch, not in Triton: {why}")
+        log_once(f"decode steps run in PyTorch, not in Triton: {why}")
     if impl == "reference" or why is not None:
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             return _step(q, k, v, state, window_size, window_kind, scale, query_map, key_map, linear_log_weight, query_gate, key_gate, reference, start)
@@ -77,15 +71,10 @@ def linear_attention_step(
     )
 
 
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _kernel_refusal(device_type: str, dtype: torch.dtype, head_dim: int, half_features: int, group: int) -> str | None:
     """Why no kernel takes such a step, or None; looks at the machine, which torch.compile cannot trace."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
     from attnconvert.kernels.linear.triton_decode import step_refusal
 

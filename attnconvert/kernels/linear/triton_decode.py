@@ -26,7 +26,7 @@ try:  # transformers refuses a checkpoint whose code imports a missing package, 
 except ImportError as error:
     raise ImportError("this file needs triton; the PyTorch form of the step does not") from error
 
-from attnconvert.kernels.linear.launch import MAX_PLANS, Launch, Plan, signature
+from attnconvert.kernels.launch import MAX_PLANS, Launch, Plan, signature
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(1e-12)  # constants of the reference operator

@@ -16,7 +16,7 @@ try:  # guarded: transformers refuses a checkpoint whose files import, unguarded
 except ImportError as error:
     raise ImportError("the Triton kernels of attnconvert need the package triton (Linux, NVIDIA GPU)") from error
 
-from attnconvert.kernels.linear.launch import MAX_PLANS, Launch, Layout, Plan, signature
+from attnconvert.kernels.launch import MAX_PLANS, Launch, Layout, Plan, signature
 from attnconvert.kernels.linear.reference import (
     LinearOutput,
     LinearState,

@@ -28,7 +28,7 @@ try:  # guarded: transformers refuses a checkpoint whose files import, unguarded
 except ImportError as error:
     raise ImportError("the Triton kernels of attnconvert need the package triton (Linux, NVIDIA GPU)") from error
 
-from attnconvert.kernels.linear.machine_code import uses_of_stack_pointer
+from attnconvert.kernels.machine_code import uses_of_stack_pointer
 
 logger = logging.getLogger(__name__)
 ALIGNMENT = 256  # bytes between starts of tensors in one allocation; Triton asks for 16 where torch's own allocations have 512
