@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import multiprocessing
 import os
+import threading
 from unittest import mock
 
 import pytest
@@ -158,6 +159,21 @@ def test_hooks_see_every_launch():
     plan(*tensors)
     assert names == ["copy", "copy"]
     assert [by_triton(launch) for launch in Recorder.seen] == [True, True, False, False, True, True, False, False]
+
+
+@compiled
+def test_kernels_of_a_plan_are_compiled_in_threads_and_only_once():
+    compile_one, where = copy.compile, []
+
+    def compile_and_tell(*args, **kwargs):
+        where.append(threading.current_thread().name)
+        return compile_one(*args, **kwargs)
+
+    launches = [Launch(copy, (1,), ("x", "y", None, 3, 0.125), {"BLOCK": block}, {"num_warps": 1, "num_stages": 2}) for block in (32, 16)]
+    with mock.patch.object(copy, "compile", compile_and_tell):
+        Plan(-1, ("x", "y"), launches, {})(torch.zeros(64), torch.zeros(64))
+    assert len(where) == 2
+    assert not any(name == threading.main_thread().name for name in where)
 
 
 @compiled

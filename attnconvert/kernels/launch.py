@@ -16,7 +16,9 @@ import functools
 import logging
 import math
 import operator
+import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -184,12 +186,23 @@ class Plan:
             assert whole is not None
             named |= {name: layout.view(whole, name) for name in layout.tensors}
         if check:
+            self._compile_together(named)
             self._launches = tuple(launch._replace(options=self._sound_options(launch, named)) for launch in self._launches)
             self._checked.add(alignment)
         return [
             kernel[grid](*(named[x] if isinstance(x, str) else x for x in arguments), **constants, **options)
             for kernel, grid, arguments, constants, options in self._launches
         ]
+
+    def _compile_together(self, named: Mapping[str, Any]) -> None:
+        """Compile what is not compiled yet, in threads: one kernel takes seconds, a backward pass has nine, and most of that time is not Python's."""
+        missing = [launch for launch in self._launches if isinstance(launch.kernel, triton.JITFunction)]
+        if len(missing) < 2 or not hasattr(triton, "AsyncCompileMode"):
+            return
+        # A kernel that does not compile raises below, where it is compiled by itself.
+        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            for kernel, grid, arguments, constants, options in missing:
+                kernel.warmup(*(named[x] if isinstance(x, str) else x for x in arguments), grid=grid, **constants, **options)
 
     def _sound_options(self, launch: Launch, named: Mapping[str, Any]) -> dict[str, int]:
         """Options for a launch whose machine code is sound: its own, as a rule. Compiles, does not launch."""
