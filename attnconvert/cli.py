@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 EXIT_ERROR, EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 1, 2, 3, 130
-RESUMABLE = ("linearize", "convert", "regroup")
+RESUMABLE = ("linearize", "sparsify", "convert", "regroup")
 DEBUG = "ATTNCONVERT_DEBUG"
 
 _SUITES = ("quick", "standard", "long")  # as reevaluate.SUITES, which imports torch
@@ -179,6 +179,44 @@ def linearize(
     """
     _convert(
         ctx.find_root().obj, model, recipe, set_, revision=revision, trust_remote_code=trust_remote_code, family="linearize", out=out, overwrite=overwrite, adapters_only=adapters_only, resume=resume,
+        skip_evaluation=skip_evaluation, seed=seed, device=device, dtype=dtype, as_json=as_json, quiet=quiet, verbose=verbose,
+    )  # fmt: skip
+
+
+@app.command(
+    rich_help_panel=_CONVERT,
+    epilog=_examples(
+        "attnconvert sparsify demo --recipe moa",
+        "attnconvert sparsify HuggingFaceTB/SmolLM2-135M-Instruct --recipe moa --set layers.0.config.density=0.25 --out smol-moa",
+        "attnconvert sparsify ./my-model --recipe duo-attention --set data.source=my-text/",
+        "attnconvert sparsify ./my-model --recipe streaming-llm --set stages.finetune.tokens=0",
+    ),
+)
+def sparsify(
+    ctx: typer.Context,
+    model: Model,
+    recipe: RecipeOption = "moa",
+    set_: SetOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    out: OutOption = None,
+    overwrite: OverwriteOption = False,
+    adapters_only: AdaptersOption = False,
+    resume: ResumeOption = False,
+    skip_evaluation: SkipOption = False,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Give every KV head an attention span of its own: search, plan, train, save, measure.
+
+    Like `convert`, with a recipe whose methods all belong to the sparsify family.
+    """
+    _convert(
+        ctx.find_root().obj, model, recipe, set_, revision=revision, trust_remote_code=trust_remote_code, family="sparsify", out=out, overwrite=overwrite, adapters_only=adapters_only, resume=resume,
         skip_evaluation=skip_evaluation, seed=seed, device=device, dtype=dtype, as_json=as_json, quiet=quiet, verbose=verbose,
     )  # fmt: skip
 
@@ -489,7 +527,9 @@ def regroup(
 @app.command(
     rich_help_panel=_CONVERT,
     epilog=_examples(
-        "attnconvert plan demo --recipe hedgehog", "attnconvert plan HuggingFaceTB/SmolLM2-135M-Instruct --recipe hedgehog-mixed --set keep.fraction=0.5 --json"
+        "attnconvert plan demo --recipe hedgehog",
+        "attnconvert plan HuggingFaceTB/SmolLM2-135M-Instruct --recipe hedgehog-mixed --set keep.fraction=0.5 --json",
+        "attnconvert plan demo-moa --heat-map spans.png",
     ),
 )
 def plan(
@@ -498,21 +538,49 @@ def plan(
     set_: SetOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
+    heat_map: Annotated[
+        Path | None,
+        typer.Option(
+            "--heat-map", metavar="FILE.png", rich_help_panel=_OUT_PANEL, show_default=False, help="Also draw which keys each KV head keeps (attention spans)."
+        ),
+    ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Show what a conversion would change, save and cost; loads no weights and writes nothing."""
+    """Show what a conversion would change, save and cost, or what a finished one did; loads no weights.
+
+    With the folder of a converted model there is no recipe to name: its own plan is shown.
+    """
     with _libraries(verbose):
         from attnconvert.convert import pipeline
-        from attnconvert.convert.plan import render_plan
+        from attnconvert.convert.plan import default_length, finished_plan, render_layers, render_plan
+        from attnconvert.convert.sparsify import draw_heat_map, has_spans, render_heat_map, span_heat_map
 
-        prepared = pipeline.prepare(model, recipe, overrides=tuple(set_ or ()), revision=revision, trust_remote_code=trust_remote_code)
+        finished = finished_plan(model, revision=revision, trust_remote_code=trust_remote_code)
+        if finished is None:
+            prepared = pipeline.prepare(model, recipe, overrides=tuple(set_ or ()), revision=revision, trust_remote_code=trust_remote_code)
+            shown, config, notes = prepared.plan, prepared.config, prepared.notes
+        else:
+            (shown, config), notes = finished, ()
+        spans = span_heat_map(shown, default_length(config)) if has_spans(shown) else None
+        if heat_map is not None:
+            if spans is None:
+                raise AttnConvertError(
+                    "no-spans", "the plan has no attention spans that could be drawn", where="--heat-map",
+                    hint="rules from calibration are known after the conversion: `attnconvert plan DIR --heat-map spans.png` with its folder",
+                )  # fmt: skip
+            draw_heat_map(spans, heat_map)
     if as_json:
-        _print_json({"model": model, "recipe": recipe, "plan": prepared.plan.to_dict(), "estimate": prepared.estimate.to_dict(), "notes": list(prepared.notes)})
+        facts = {"model": model, "plan": shown.to_dict()}
+        _print_json(facts if finished is not None else facts | {"recipe": recipe, "estimate": prepared.estimate.to_dict(), "notes": list(notes)})
         return
-    _show(render_plan(prepared.plan, prepared.estimate), _stdout())
-    for note in prepared.notes:
+    _show(render_layers(shown) if finished is not None else render_plan(prepared.plan, prepared.estimate), _stdout())
+    if spans is not None:
+        _show(render_heat_map(spans), _stdout())
+    for note in notes:
         _say(f"note: {note}")
+    if heat_map is not None:
+        typer.echo(f"Drawn to {_shown(heat_map)}")
 
 
 @app.command(

@@ -81,6 +81,7 @@ COMMANDS = (
     "linearize",
     "convert",
     "regroup",
+    "sparsify",
     "plan",
     "merge",
     "evaluate-converted",

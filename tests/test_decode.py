@@ -200,6 +200,40 @@ def test_the_kernel_equals_the_pytorch_step_in_output_and_state(interpreter, nam
     assert same
 
 
+def rows_share_a_program(rows, *case):
+    """`kernel_against_pytorch` where 4 state heads are enough for programs of two batch rows; their number."""
+    from attnconvert.kernels.linear import triton_decode
+
+    found = []
+    constants = triton_decode._constants
+    with (
+        mock.patch.object(triton_decode, "TARGET_PROGRAMS", 1),
+        mock.patch.object(triton_decode, "_constants", lambda *args, **kwargs: found.append(constants(*args, **kwargs)) or found[-1]),
+        mock.patch.dict(KERNEL_CASES, {"rows": (rows, *case)}),
+    ):
+        triton_decode._plan.cache_clear()
+        result = kernel_against_pytorch("rows")
+        triton_decode._plan.cache_clear()
+    return result, {chosen["BATCH_ROWS"] for chosen, _ in found}
+
+
+@pytest.mark.parametrize(("rows", "together"), [(4, 2), (3, 1)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        (8, 4, 4, 32, 16, "block", 4, 2, "absolute", True, 6, 14, torch.float32),
+        (4, 2, 4, 20, 5, "block", 4, 0, "window_max", False, 7, 14, torch.float32),
+    ],
+    ids=["recipe", "LoLCATs"],
+)
+def test_batch_rows_that_share_a_program_equal_the_pytorch_step(interpreter, rows, together, case):
+    (worst, kv, z, same), found = interpreter.submit(rows_share_a_program, rows, *case).result()
+    assert found == {together}
+    assert worst < 5e-6
+    assert max(kv, z) < 1e-5
+    assert same
+
+
 # ---------------------------------------------------------------- whole models
 
 

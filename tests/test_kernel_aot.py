@@ -111,7 +111,7 @@ def test_selecting_nothing_fails(report):
 
 
 # Of every kind of kernel one that the default recipe runs.
-REPRESENTATIVE = r"^(prefix|delta|sink_grad)_kernel-.*r4$|_kernel-d64-f64-r3$|^decode-d32-"
+REPRESENTATIVE = r"^(prefix|delta|sink_grad)_kernel-.*r4$|_kernel-d64-f64-r3$|^decode-d32-|^span-.*_kernel-d64-r3$"
 
 
 def test_representative_kernels_compile_for_both_architectures_within_limits():
@@ -120,6 +120,7 @@ def test_representative_kernels_compile_for_both_architectures_within_limits():
     for kernel in ("state", "prefix", "output", "delta", "reverse_state", "query_grad", "key_grad", "map_grad", "sink_grad"):
         assert len([line for line in done.stdout.splitlines() if line.startswith(f"{kernel}_kernel-")]) == 2, kernel
     assert len(lines_with(done.stdout, "decode-", " sm_")) == 2
+    assert len(lines_with(done.stdout, "span-", " sm_")) == 8
 
 
 @pytest.mark.slow  # minutes: every configuration that ships, on two architectures

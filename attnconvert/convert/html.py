@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from attnconvert.convert.report import compact_settings, format_bytes, format_seconds, ranges
+from attnconvert.convert.report import SPAN_LENGTHS, compact_settings, format_bytes, format_seconds, kept_shares, ranges, same_in_all_heads
 from attnconvert.convert.svg import NUM_STYLES, Block, Mark, Series, layer_strip, line_chart, png_data_uri, scatter, swatch, token_label
 from attnconvert.convert.verdict import row_name
 from attnconvert.errors import AttnConvertError
@@ -506,7 +506,7 @@ def _converted(conversion: Mapping[str, Any]) -> str:
     for position, row in enumerate(layers):
         index = int(_f(row["layer_idx"])) if math.isfinite(_f(row.get("layer_idx"))) else position
         method = None if row.get("method") is None else str(row["method"])
-        kinds.setdefault((method, compact_settings(_mapping(row.get("config")))), []).append((index, row))
+        kinds.setdefault((method, compact_settings(same_in_all_heads(_mapping(row.get("config"))))), []).append((index, row))
     methods = list(dict.fromkeys(method for method, _ in kinds if method is not None))
     letters: dict[tuple[str | None, str], str] = {}
     for kind in kinds:
@@ -552,6 +552,29 @@ def _converted(conversion: Mapping[str, Any]) -> str:
         _p(intro)
         + f'<div class="figures">{strip}<ul class="kinds">{"".join(entries)}</ul></div>'
         + _details("Table of layers", _table("Layers", ("layer", "attention", "settings", "relative error", "why"), table, text=(1, 2, 4)))
+        + _spans(layers, _mapping(conversion.get("search")))
+    )
+
+
+def _spans(layers: Sequence[Row], search: Mapping[str, Any]) -> str:
+    """What every KV head keeps, layers down and heads across, as a table whose cells are shaded; at the longest length that was searched."""
+    length = max((int(key) for key in _mapping(_mapping(search.get("dense_losses"))) if key != str(search.get("validation_length"))), default=SPAN_LENGTHS[-1])
+    rows = [(row, shares) for row in layers if row.get("method") is not None and (shares := kept_shares(row, length)) is not None]
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{head}</th>' for head in range(max(len(shares) for _, shares in rows)))
+    body = []
+    for row, shares in rows:
+        cells = []
+        for at, share in enumerate(shares):
+            tip = f"layer {row['layer_idx']}, KV head {at}: {share:.0%} of the keys after {length:,} tokens"
+            cells.append(f'<td{" class=on" if share > 0.85 else ""} style="--v:{share:.2f}" title="{escape(tip)}">{100 * share:.0f}</td>')
+        body.append(f'<tr><th scope="row">{escape(str(row["layer_idx"]))}</th>{"".join(cells)}</tr>')
+    mean = sum(sum(shares) for _, shares in rows) / sum(len(shares) for _, shares in rows)
+    caption = f"Attention spans: keys that each KV head keeps after {length:,} tokens, in % (mean {mean:.0%})"
+    return (
+        f'<figure><div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="heat"><caption>{escape(caption)}</caption>'
+        f'<thead><tr><th scope="col">layer \\ KV head</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div></figure>'
     )
 
 

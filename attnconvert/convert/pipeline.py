@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import attnconvert
 from attnconvert.convert.load import Loaded, Source, load_config, load_model, load_tokenizer, resolve
-from attnconvert.convert.plan import Estimate, build_plan, default_length, estimate, evaluation_window
+from attnconvert.convert.plan import Estimate, build_plan, default_length, estimate, evaluation_window, layer_settings, with_span_rules
 from attnconvert.convert.regroup import has_uneven_heads, regroup_for_training, regrouped_heads, uneven_for_training
+from attnconvert.convert.sparsify import chosen_rules, needs_search, read_span_plans, search_spans, undecided_spans
 from attnconvert.embedded import demo_overrides
 from attnconvert.errors import AttnConvertError
 from attnconvert.recipes.load import LoadedRecipe, dump_resolved, load_recipe
-from attnconvert.recipes.schema import assign_rules
 from attnconvert.surgery import registry
+from attnconvert.surgery.methods.moa import MoaConfig
 from attnconvert.surgery.plan import ConversionPlan
 from attnconvert.surgery.sites import Site, find_sites
 
@@ -160,9 +161,10 @@ def prepare(
     notes: list[str] = []
     source = resolve(model, revision=revision, trust_remote_code=trust_remote_code)
     loaded = load_recipe(recipe, overrides)
-    regroups = all(registry.get(name).family == "regroup" for name in loaded.recipe.methods)
+    families = {registry.get(name).family for name in loaded.recipe.methods}
+    regroups = families <= {"regroup"}
     if model == "demo" and source.name == "demo":
-        small = demo_overrides(regroups=regroups)
+        small = demo_overrides(families)
         notes.append(f"The embedded model uses a small budget unless you set another: {', '.join(small)}.")
         loaded = load_recipe(recipe, (*small, *overrides))
     if family is not None:
@@ -194,7 +196,9 @@ def prepare(
         check_architecture(config, [heads], plan.converted[0].config["query_heads"])
     if has_uneven_heads(plan):
         _check_uneven(plan, config)
-    _check_lengths(loaded, config)
+    _check_lengths(loaded, config, plan)
+    plan, found = read_span_plans(plan, layer_settings(loaded.recipe, plan), sites)
+    notes += found
     element_size = _SIZES[_config_dtype(config)]
     return Prepared(
         source=source,
@@ -237,7 +241,7 @@ def _check_family(loaded: LoadedRecipe, family: str) -> None:
         )
 
 
-def _check_lengths(loaded: LoadedRecipe, config: Any) -> None:
+def _check_lengths(loaded: LoadedRecipe, config: Any, plan: ConversionPlan) -> None:
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     recipe = loaded.recipe
     lengths = {
@@ -245,6 +249,15 @@ def _check_lengths(loaded: LoadedRecipe, config: Any) -> None:
         "stages.finetune.length": recipe.stages.finetune.length,
         "evaluate.length": recipe.evaluate.length,
     }
+    for settings in layer_settings(recipe, plan).values():
+        if isinstance(settings, MoaConfig) and needs_search(settings) and limit is not None and settings.search.lengths[-1] > limit:
+            raise AttnConvertError(
+                "length-too-long",
+                f"attention spans are searched in contexts of up to {settings.search.lengths[-1]} tokens, longer than the model's {limit} positions",
+                where="search.lengths",
+                expected=f"at most {limit} (max_position_embeddings)",
+                hint=f"`--set layers.0.config.search.lengths=[{limit // 4},{limit // 2},{limit}]`",
+            )
     for where, length in lengths.items():
         if limit is not None and length > limit:
             raise AttnConvertError(
@@ -284,6 +297,7 @@ class _Record:
         status: `running`, `saved` (the output is in place, the report is missing) or `complete`.
         seconds: phase -> wall-clock seconds, over all sessions.
         plan, stages, data: filled in when known.
+        search: the search for attention spans, where there was one; a resumed run does not search again.
         command, versions, device: for the report.
     """
 
@@ -294,6 +308,7 @@ class _Record:
     plan: dict[str, Any] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     device: str = ""
@@ -428,7 +443,7 @@ def run(prepared: Prepared, options: RunOptions, ui: RunUI) -> ConversionResult:
             shutil.rmtree(folder, ignore_errors=True)
         except BaseException:
             # A run without a checkpoint has nothing worth keeping, and would only stand in the way of the next try.
-            if not _has_checkpoint(folder) and job.record.status == "running":
+            if not _has_checkpoint(folder) and job.record.search is None and job.record.status == "running":
                 shutil.rmtree(folder, ignore_errors=True)
                 for parent in created:
                     with contextlib.suppress(OSError):
@@ -681,7 +696,7 @@ def _train_and_save(job: _Job, folder: Path, texts: _Texts) -> None:
             model.to(job.device)
         with job.phase("swap"):
             lora_targets(model, [row.path for row in prepared.plan.converted], recipe.stages.finetune.lora.targets)  # a wrong target shows before any training
-            layers, plan = _swap(job, model, texts)
+            layers, plan = _swap(job, model, loaded.tokenizer, texts, folder)
         with job.phase("calibrate"):
             calibrate(model, layers, texts.transfer, context)
         with job.phase("transfer"), _compiled_kernels(model, _compiles(job, recipe.stages.transfer.tokens)):
@@ -749,24 +764,46 @@ def _load_source(prepared: Prepared, dtype: str) -> Loaded:
     return replace(loaded, model=as_stock(loaded.model))
 
 
-def _swap(job: _Job, model: Any, texts: _Texts) -> tuple[dict[int, ConvertedLayer], ConversionPlan]:
+def _swap(job: _Job, model: Any, tokenizer: Any, texts: _Texts, folder: Path) -> tuple[dict[int, ConvertedLayer], ConversionPlan]:
     """Convert the loaded model in place. Returns the layers to train, which hold what their teachers need, and the plan that was carried out."""
     from attnconvert.surgery.swap import swap
 
     prepared, plan, seed, ui = job.prepared, job.prepared.plan, _seed(job.prepared, job.options), job.ui
     if has_uneven_heads(plan):
-        decided = assign_rules(prepared.recipe.recipe.layers, len(plan.layers))
-        settings = {
-            row.layer_idx: prepared.recipe.recipe.layers[index].config
-            for row, index in zip(plan.layers, decided, strict=True)
-            if row.method is not None and index is not None
-        }
+        settings = layer_settings(prepared.recipe.recipe, plan)
         layers, plan = uneven_for_training(model, prepared.sites, plan, settings, texts.transfer, seed, ui.note, ui.on_eval)
         return dict(layers), plan
     if regrouped_heads(plan) is not None:
         return dict(regroup_for_training(model, prepared.sites, plan, texts.transfer, seed, ui.note, ui.on_eval)), plan
+    if undecided_spans(plan):
+        plan = _search_spans(job, model, tokenizer, folder)
     swap(model, plan)
     return _cores(model), plan
+
+
+def _search_spans(job: _Job, model: Any, tokenizer: Any, folder: Path) -> ConversionPlan:
+    """The plan with rules for the attention spans that the recipe leaves to calibration."""
+    prepared = job.prepared
+    if job.record.search is None:
+        settings = {idx: config for idx, config in layer_settings(prepared.recipe.recipe, prepared.plan).items() if isinstance(config, MoaConfig)}
+        model.eval()
+        found = search_spans(
+            model,
+            tokenizer,
+            prepared.sites,
+            settings,
+            prepared.recipe.recipe.data,
+            seed=_seed(prepared, job.options),
+            note=job.ui.note,
+            progress=job.ui.on_eval,
+        )
+        for note in found.notes:
+            job.ui.note(note)
+        job.record.search = found.to_dict()
+        job.save_record(folder)
+    else:
+        job.ui.note("The search for attention spans was done before.")
+    return with_span_rules(prepared.plan, chosen_rules(job.record.search))
 
 
 def _compiles(job: _Job, num_tokens: int) -> bool:
@@ -933,6 +970,7 @@ def _write_report(job: _Job, report: EvalReport) -> None:
         "base_model_type": job.prepared.plan.base_model_type,
         "base_model_license": base_facts(job.prepared.source.name, revision=job.prepared.source.revision).license,
         "plan": record.plan,
+        "search": record.search,
         "stages": record.stages,
         "data": record.data,
         "versions": record.versions,

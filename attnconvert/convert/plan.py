@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from attnconvert.convert.report import compact_settings, format_bytes, format_seconds, ranges
+from attnconvert.convert.load import load_config, resolve
+from attnconvert.convert.report import compact_settings, describe_rules, format_bytes, format_seconds, ranges
 from attnconvert.errors import AttnConvertError, ErrorGroup
 from attnconvert.recipes.schema import SOFTMAX, Recipe, assign_rules, resolve_layers
 from attnconvert.surgery import registry
-from attnconvert.surgery.method import softmax_cost
+from attnconvert.surgery.method import MethodConfig, softmax_cost
 from attnconvert.surgery.plan import ConversionPlan, LayerPlan
 
 if TYPE_CHECKING:
@@ -99,6 +100,45 @@ def build_plan(recipe: Recipe, config: Any, sites: Sequence[Site]) -> Conversion
         plan = ConversionPlan(plan.base_model_type, plan.layers, num_kept_later=count, keep_by=keep.by)
     _check_stages(recipe, plan)
     return plan
+
+
+def layer_settings(recipe: Recipe, plan: ConversionPlan) -> dict[int, MethodConfig]:
+    """Layer index -> the method's settings of every converted layer, with what the plan decided in the place of what the recipe left open."""
+    decided = assign_rules(recipe.layers, len(plan.layers))
+    found = {}
+    for row, index in zip(plan.layers, decided, strict=True):
+        config = None if row.method is None or index is None else _as_decided(recipe.layers[index].config, row)
+        if config is not None:
+            found[row.layer_idx] = config
+    return found
+
+
+def with_span_rules(plan: ConversionPlan, rules: Mapping[int, Sequence[tuple[int, float]]]) -> ConversionPlan:
+    """The plan with rules (alpha, beta), one per KV head, in the layers named."""
+
+    def decided(row: LayerPlan) -> LayerPlan:
+        if row.layer_idx not in rules:
+            return row
+        alphas, betas = (list(numbers) for numbers in zip(*rules[row.layer_idx], strict=True))
+        return _with(row, method=row.method, config={**row.config, "alphas": alphas, "betas": betas}, reason=row.reason)
+
+    return replace(plan, layers=tuple(map(decided, plan.layers)))
+
+
+def finished_plan(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[ConversionPlan, Any] | None:
+    """The plan and the config of a model that was converted before; None when it was not. Loads no weights.
+
+    Args: as `pipeline.prepare`.
+
+    Raises:
+        AttnConvertError: of loading the config.
+    """
+    import attnconvert
+
+    attnconvert.register()
+    config = load_config(resolve(model, revision=revision, trust_remote_code=trust_remote_code))
+    stored = getattr(config, "attn_plan", None)
+    return None if stored is None else (ConversionPlan.from_dict(stored), config)
 
 
 def _with(row: LayerPlan, *, method: str | None = None, config: dict[str, Any] | None = None, reason: str = "") -> LayerPlan:
@@ -270,6 +310,14 @@ def default_length(config: Any) -> int:
     return min(int(limit or _DEFAULT_LENGTH), _DEFAULT_LENGTH)
 
 
+def _as_decided(config: MethodConfig | None, row: LayerPlan) -> MethodConfig | None:
+    """The recipe's settings of a layer, with what the recipe left open (null) as the row of the plan has it."""
+    if config is None:
+        return None
+    found = {key: tuple(value) if isinstance(value, list) else value for key, value in row.config.items() if getattr(config, key, value) is None}
+    return config.model_copy(update=found)
+
+
 def estimate(plan: ConversionPlan, sites: Sequence[Site], recipe: Recipe, num_parameters: int, length: int, element_size: int) -> Estimate:
     """Cache bytes, FLOPs, new parameters, and rough memory and time of the training stages.
 
@@ -291,7 +339,7 @@ def estimate(plan: ConversionPlan, sites: Sequence[Site], recipe: Recipe, num_pa
             after = before
             if row.method is not None:
                 assert index is not None
-                after = registry.get(row.method).cost(recipe.layers[index].config, site, at, element_size)
+                after = registry.get(row.method).cost(_as_decided(recipe.layers[index].config, row), site, at, element_size)
             layers.append(LayerEstimate(row.layer_idx, before.state_bytes, after.state_bytes, before.flops, after.flops, new.get(row.layer_idx, 0)))
         return layers
 
@@ -301,7 +349,7 @@ def estimate(plan: ConversionPlan, sites: Sequence[Site], recipe: Recipe, num_pa
     for row, site, index in zip(plan.layers, sites, decided, strict=True):
         if row.method is not None and not new.get(row.layer_idx):
             assert index is not None
-            made_anew += registry.get(row.method).cost(recipe.layers[index].config, site, length, element_size).num_parameters
+            made_anew += registry.get(row.method).cost(_as_decided(recipe.layers[index].config, row), site, length, element_size).num_parameters
     trained = new_parameters + made_anew
     stages = []
     for name in ("transfer", "finetune"):
@@ -371,6 +419,8 @@ def describe_settings(row: LayerPlan) -> str:
     parts = []
     window, sinks, linear = rest.pop("window", None), rest.pop("sinks", None), rest.pop("linear", None)
     heads = rest.pop("num_key_value_heads", None) or rest.pop("kv_heads", None)
+    if "alphas" in rest:
+        parts += [describe_rules(rest.pop("alphas"), rest.pop("betas")), f"{count} sinks" if (count := rest.pop("num_sinks")) else "no sinks"]
     if heads is not None:
         parts.append(f"{row.num_key_value_heads} -> {heads} KV heads")
     if isinstance(rest.get("query_heads"), int):
@@ -428,6 +478,21 @@ def render_plan(plan: ConversionPlan, estimate: Estimate) -> RenderableType:
         lines.append(f"{stage.stage}: {stage.tokens:,} tokens, {stage.flops:.1e} FLOPs, {format_bytes(stage.memory_bytes)} memory, {times}")
     lines += estimate.assumptions
     return Group(table, *(Text(line) for line in lines))
+
+
+def render_layers(plan: ConversionPlan) -> RenderableType:
+    """The plan of a finished conversion: consecutive layers of one kind in one row."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"Plan ({len(plan.layers)} layers, {plan.base_model_type})", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in ("layers", "method", "settings"):
+        table.add_column(column, no_wrap=column != "settings")
+    for run in _runs(plan.layers):
+        settings = describe_settings(run[0]) if run[0].method else f"kept: {run[0].reason}"
+        table.add_row(*(Text(cell) for cell in (ranges([row.layer_idx for row in run]), run[0].method or SOFTMAX, settings)))
+    return table
 
 
 def _runs(rows: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:

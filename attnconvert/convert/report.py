@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,11 @@ from attnconvert.convert.recall import NUM_CANDIDATES, MqarResult, NeedleResult,
 from attnconvert.convert.verdict import row_name
 from attnconvert.distill.loop import write_atomic
 from attnconvert.errors import AttnConvertError
+from attnconvert.kernels.span.slots import fixed_point, least_window, visible_keys
 
 REPORT_SCHEMA_VERSION = 1
+SPAN_LENGTHS = (2048, 8192, 32768)
+"""Tokens at which a report says what attention spans keep, where no search names others."""
 QUALITY_COLUMNS = ("model", "perplexity", "ratio to teacher", "KL, nats/token", "top-1 agreement")
 
 
@@ -409,7 +413,39 @@ def _what_section(conversion: Mapping[str, Any], recipe: str | None) -> str:
     plan = conversion.get("plan")
     if plan:
         facts.append(layer_map(plan))
+        facts += spans_text(plan, conversion.get("search"))
     return "## What was converted\n\n" + "\n\n".join(facts) if facts else ""
+
+
+def spans_text(plan: Mapping[str, Any], search: Mapping[str, Any] | None) -> list[str]:
+    """Paragraphs of Markdown about the attention spans of a plan, and how they were found; none without spans.
+
+    Args:
+        plan: ConversionPlan.to_dict().
+        search: SpanSearch.to_dict(), or None where the rules were given.
+    """
+    lengths = [int(length) for length in search["front"][0]["densities"]] if search else list(SPAN_LENGTHS)
+    rows = []
+    for row in plan["layers"]:
+        shares = [kept_shares(row, length) for length in lengths]
+        if row["method"] is not None and shares[0] is not None:
+            means = [f"{100 * sum(own) / len(own):.0f}" for own in shares if own is not None]
+            rows.append((str(row["layer_idx"]), *means, describe_rules(row["config"]["alphas"], row["config"]["betas"])))
+    if not rows:
+        return []
+    text = [
+        "Attention spans: the keys that each layer keeps, mean over its KV heads, in % after so many tokens, and the windows of its heads (N: tokens so far)."
+    ]
+    text.append(markdown_table(("layer", *(f"{length:,}" for length in lengths), "windows"), rows))
+    if search:
+        chosen, unseen = search["front"][search["chosen"]], str(search["validation_length"])
+        kept = ", ".join(f"{float(share):.1%} at {int(length):,}" for length, share in chosen["densities"].items())
+        text.append(
+            f"The rules were searched among {search['num_rules']} for a density of at most {float(search['density']):.0%} (all heads together {kept} tokens), by their effect on {search['num_samples']} answers "
+            f"per length that the model had given itself. Of {len(search['front'])} plans the one was taken whose answers are likeliest at {int(unseen):,} tokens, a length not looked at before: "
+            f"{float(chosen['validation_loss']):.3f} nats per token, with all keys {float(search['dense_losses'][unseen]):.3f}. The search took {format_seconds(sum(search['seconds'].values()))}."
+        )
+    return text
 
 
 def layer_map(plan: Mapping[str, Any]) -> str:
@@ -418,22 +454,61 @@ def layer_map(plan: Mapping[str, Any]) -> str:
     Args:
         plan: ConversionPlan.to_dict().
     """
+
+    def kind_of(row: Mapping[str, Any]) -> tuple[str | None, str]:
+        return row["method"], json.dumps(same_in_all_heads(row["config"]), sort_keys=True)
+
     kinds: dict[tuple[str | None, str], list[Mapping[str, Any]]] = {}
     for row in plan["layers"]:
-        kinds.setdefault((row["method"], json.dumps(row["config"], sort_keys=True)), []).append(row)
+        kinds.setdefault(kind_of(row), []).append(row)
     letters: dict[tuple[str | None, str], str] = {}
     for kind in kinds:
         free = [letter for letter in [*(kind[0] or ""), *"abcdefghijklmnopqrstuvwxyz"] if letter.isalpha() and letter not in letters.values()]
         letters[kind] = "S" if kind[0] is None else (free[0] if free else "?")
-    strip = "".join(letters[row["method"], json.dumps(row["config"], sort_keys=True)] for row in plan["layers"])
+    strip = "".join(letters[kind_of(row)] for row in plan["layers"])
     lines = ["```text", f"layer 0 -> {len(plan['layers']) - 1}   {strip}", "```", ""]
     for kind, rows in kinds.items():
         name = "softmax, kept as it was" if kind[0] is None else kind[0]
-        settings = f" ({compact_settings(rows[0]['config'])})" if rows[0]["config"] else ""
+        settings = f" ({compact_settings(same_in_all_heads(rows[0]['config']))})" if rows[0]["config"] else ""
         reasons = sorted({row["reason"] for row in rows if row.get("reason")}) if kind[0] is None else []
         why = f". Why: {'; '.join(reasons)}" if reasons else ""
         lines.append(f"- `{letters[kind]}` = {name}{settings}: {len(rows)} of {len(plan['layers'])} layers, {ranges([row['layer_idx'] for row in rows])}{why}")
     return "\n".join(lines)
+
+
+def describe_rules(alphas: Any, betas: Any) -> str:
+    """Rules of attention spans, those that several heads have once: `window 448`, `2 x all, 1 x 256 + 0.125 N`."""
+    if alphas is None:
+        return "windows from calibration"
+    if not isinstance(alphas, Sequence):
+        return f"window {_describe_rule(alphas, betas)}"
+    counts = Counter(_describe_rule(alpha, beta) for alpha, beta in zip(alphas, betas, strict=True))
+    return f"window {next(iter(counts))}" if len(counts) == 1 else "windows " + ", ".join(f"{count} x {rule}" for rule, count in counts.most_common())
+
+
+def _describe_rule(alpha: int, beta: float) -> str:
+    if beta == 1 and alpha >= 0:
+        return "all"
+    return f"{alpha}" if not beta else f"{beta:g} N" + (f" {'+' if alpha > 0 else '-'} {abs(alpha)}" if alpha else "")
+
+
+def same_in_all_heads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's settings without the rules of its attention spans, where each KV head has its own: layers that differ in them alone are of one kind."""
+    return {key: value for key, value in config.items() if key not in ("alphas", "betas") or not isinstance(value, list | tuple)}
+
+
+def kept_shares(row: Mapping[str, Any], length: int) -> list[float] | None:
+    """Share of the keys that each KV head of a layer with attention spans holds after `length` tokens; None for other layers, and before the rules are known."""
+    config = row["config"]
+    if config.get("alphas") is None:
+        return None
+    heads = int(row["num_key_value_heads"])
+    alphas, betas = (list(x) if isinstance(x, list | tuple) else [x] * heads for x in (config["alphas"], config["betas"]))
+    shares = []
+    for alpha, beta in zip(alphas, map(fixed_point, betas), strict=True):
+        least = least_window(alpha, beta, config.get("min_length", 0))
+        shares.append(visible_keys(length - 1, alpha, beta, config["num_sinks"], least) / length)
+    return shares
 
 
 def compact_settings(config: Mapping[str, Any], prefix: str = "") -> str:

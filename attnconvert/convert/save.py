@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from attnconvert.convert.report import format_bytes
 from attnconvert.errors import AttnConvertError
+from attnconvert.kernels.span.reference import BETA_ONE
 from attnconvert.surgery.runtime.modeling import converted_sites
 
 if TYPE_CHECKING:
@@ -361,7 +362,8 @@ class Parity:
 def check_parity(model: Any) -> Parity:
     """Run the model in every way that generation may, and compare: plain forward, prefill + decode steps, chunked prefill, left-padded batch.
 
-    The sequence is three windows long, the steps cross the end of a window block, and the rows of the batch cross theirs at other steps.
+    The sequence is three windows long, the steps cross the end of a window block, and the rows of the batch cross theirs at other steps. Attention spans of
+    thousands of tokens would need a sequence of thousands to drop a key: they are checked with all fixed parts of their windows made shorter alike.
 
     Args:
         model: a converted causal LM in eval mode, on any device.
@@ -380,7 +382,7 @@ def check_parity(model: Any) -> Parity:
     ids = torch.randint(0, vocab, (len(pads), num_tokens), generator=torch.Generator().manual_seed(0)).to(device)
     mask = torch.stack([(torch.arange(num_tokens) >= pad).long() for pad in pads]).to(device)
 
-    with _wide_weights(model), _plain_arithmetic(model):
+    with _wide_weights(model), _plain_arithmetic(model), _short_spans(model, size):
         want = [model(**_inputs(model, ids[row : row + 1, pad:]), use_cache=False).logits[0].float() for row, pad in enumerate(pads)]
         dtype = next(p.dtype for p in model.get_output_embeddings().parameters())
         deviation = float(want[0].std())
@@ -458,6 +460,27 @@ def _plain_arithmetic(model: Any) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = tf32
         for core, value in zip(cores, compiled, strict=True):
             core.compile_kernel = value
+
+
+@contextlib.contextmanager
+def _short_spans(model: Any, size: int) -> Iterator[None]:
+    """Inside, the fixed parts of all attention spans are at most `size` tokens, in the same proportions."""
+    cores: list[Any] = [module.core for _, _, module in converted_sites(model) if hasattr(module.core, "set_rules")]
+    rules = [(core.alphas, [beta / BETA_ONE for beta in core.betas], core.min_length) for core in cores]
+    longest = max((abs(tokens) for core in cores for tokens in (*core.alphas, *core.leasts)), default=0)
+
+    def shorter(tokens: int) -> int:
+        return tokens if longest <= size else tokens * size // longest
+
+    try:
+        for core, (alphas, betas, min_length) in zip(cores, rules, strict=True):
+            core.min_length = shorter(min_length)
+            core.set_rules([shorter(alpha) for alpha in alphas], betas)
+        yield
+    finally:
+        for core, (alphas, betas, min_length) in zip(cores, rules, strict=True):
+            core.min_length = min_length
+            core.set_rules(alphas, betas)
 
 
 # ---------------------------------------------------------------- reload

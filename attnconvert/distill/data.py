@@ -247,6 +247,32 @@ def load_data(
     return Data(train_rows, eval_rows, description)
 
 
+def read_documents(config: DataConfig, seed: int) -> Iterator[bytes]:
+    """The training documents of a source one by one, as UTF-8: for uses that need whole documents rather than packed rows.
+
+    Those whose hash holds them out are left out, repeats are not. Local corpora above `_SCAN_BYTES` are read in part, a `datasets` id is streamed; in both the order
+    within is not the order of `load_data`.
+
+    Args:
+        config: where the text comes from.
+        seed: of the parts and shards that are read.
+
+    Raises:
+        AttnConvertError: as `load_data` for reading.
+    """
+    fraction = 0.0 if config.eval_source is not None or config.source == "embedded" else config.eval_fraction
+    with ExitStack() as stack:
+        source = _open_source(config.source, config, stack, held_out=False)
+        if isinstance(source, _Files):
+            texts = _read(_sample(source.parts, _SCAN_BYTES, seed), source.text_field)
+        else:
+            texts = _shuffled(source.documents(seed), seed)
+        for text in texts:
+            document = text.encode(errors="replace")  # JSON may hold half of a surrogate pair; it becomes "?"
+            if not _is_held_out(hashlib.sha256(document).digest(), fraction):
+                yield document
+
+
 # ---------------------------------------------------------------------------------------------------------------- packing
 
 
@@ -371,12 +397,17 @@ def _fill_from_one(source: _Source, train: _Packer, held_out: _Packer, fraction:
         cut = fraction
 
         def route(digest: bytes, cut: float = cut) -> int:
-            return 1 if int.from_bytes(digest[:8], "big") / 2**64 < cut else 0
+            return int(_is_held_out(digest, cut))
 
         _fill(source, (train, held_out), route, seed)
         if not held_out.wanted or held_out.count >= held_out.length or fraction >= 0.5:
             return fraction
         fraction = min(0.5, 2 * fraction)
+
+
+def _is_held_out(digest: bytes, fraction: float) -> bool:
+    """Whether a document, by the sha256 of its text, belongs to the held-out share."""
+    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
 def _fill_from_two(source: _Source, eval_source: _Source, train: _Packer, held_out: _Packer, seed: int) -> int:

@@ -8,7 +8,7 @@ teacher's own answers are what is distilled. The wording shares nothing with the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,31 @@ _QUERIES = (
     "{noun} of {name}: {value}",
 )
 _MIN_FACTS, _MAX_FACTS = 3, 8
+
+
+class Lookup(NamedTuple):
+    """Facts of one kind about different people, and a question about one of them.
+
+    Attributes:
+        facts: sentences; the first is the one asked for.
+        question: a sentence for a model that answers.
+        lead: the beginning of the answer, for a model that continues text.
+    """
+
+    facts: tuple[str, ...]
+    question: str
+    lead: str
+
+
+def make_lookup(rng: np.random.Generator, num_facts: int) -> Lookup:
+    """A question whose answer is in one of `num_facts` facts, in the wording of the recall documents."""
+    noun = str(rng.choice(_NOUNS))
+    names: dict[str, None] = {}
+    while len(names) < num_facts:
+        names[_word(rng, 2, 3).capitalize()] = None
+    facts = tuple(str(rng.choice(_FACTS)).format(noun=noun, name=name, value=_value(rng)) for name in names)
+    question, lead = _QUERIES[0].format(noun=noun, name=next(iter(names)), value="\0").split("? ")
+    return Lookup(facts, question + "?", lead.split(" \0")[0])
 
 
 def recall_rows(filler: PackedRows, tokenizer: PreTrainedTokenizerBase, num_rows: int, seed: int) -> PackedRows:

@@ -37,6 +37,8 @@ MAX_HALF_FEATURES = 256
 MAX_GROUP = 16  # query heads per state head: the rows of one tensor-core tile
 TILE_ELEMENTS = 8192  # of a tile of maps or state that a program holds in registers
 TARGET_PROGRAMS = 128  # an H100 has 132 multiprocessors
+MAX_BATCH_ROWS = 2  # of a program: each query map, which lies in L2, is read once for so many
+PREFETCH = True  # into L2, at the start of a program
 
 
 @triton.jit
@@ -145,47 +147,173 @@ def _fold(
 
 
 @triton.jit
-def _attend(
-    Q, K, V, OUT, RING_K, RING_V, SINK_K, SINK_V, KV, QUERY_MAP, QUERY_GATE, LOG_WEIGHT, z_positive, z_negative,
-    q_head, weight_head, scale, length, lo, valid, writes_keys, writes_values, head0, v0,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, NUM_HEADS: tl.constexpr, D: tl.constexpr, F2: tl.constexpr, WINDOW: tl.constexpr,
-    NUM_SLOTS: tl.constexpr, SINKS: tl.constexpr, LINEAR: tl.constexpr, GATED: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr,
-    BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, DC: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+def _window_start(length, WINDOW: tl.constexpr, BLOCKS: tl.constexpr):
+    """(lo, before): where the window of the token at position `length` starts, and where that of the token before started."""
+    if WINDOW == 0:
+        lo = length + 1
+        before = length
+    elif BLOCKS:
+        lo = tl.maximum(length // WINDOW - 1, 0) * WINDOW
+        before = tl.maximum((length + (WINDOW - 1)) // WINDOW - 2, 0) * WINDOW
+    else:
+        lo = tl.maximum(length - WINDOW + 1, 0)
+        before = tl.maximum(length - WINDOW, 0)
+    return lo, before
+
+
+@triton.jit
+def _fold_row(
+    K, V, RING_K, RING_V, KV, Z, KEY_MAP, KEY_GATE, START, k_row, k_head, v_row, v_head, start_row, b, group, split, length,
+    STATE_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, D: tl.constexpr, F2: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr, NUM_SLOTS: tl.constexpr, SINKS: tl.constexpr,
+    GATED: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, DC: tl.constexpr, FOLD_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Query heads [head0, head0 + HEADS) of a state head, columns [v0, v0 + BV) of the values. All pointers stand at their (b, head)."""
+    """Both halves of z of batch row b, after moving the keys that leave the window with this step, if any, into kv and z."""
+    UNIT: tl.constexpr = WINDOW if (BLOCKS and WINDOW > 0) else 1
+    key_head = group // (STATE_HEADS // KEY_HEADS)
+    f = tl.arange(0, BF)
+    lo, before = _window_start(length, WINDOW, BLOCKS)
+    fold = lo > before
+    if PADDED:
+        fold = fold & (tl.load(START + b * start_row) <= 0)
+    z = Z + (b * STATE_HEADS + group) * (4 * F2)
+    slot = (before // UNIT) % 2
+    z_positive = tl.load(z + slot * (2 * F2) + f, mask=f < F2, other=0.0)
+    z_negative = tl.load(z + slot * (2 * F2) + F2 + f, mask=f < F2, other=0.0)
+    if fold:
+        ring = (b * KEY_HEADS + key_head) * (NUM_SLOTS * D)
+        z_positive, z_negative = _fold(
+            K + b * k_row + key_head * k_head, V + b * v_row + key_head * v_head, RING_K + ring, RING_V + ring, KV + (b * STATE_HEADS + group) * (2 * F2 * D),
+            KEY_MAP + group * (D * F2), KEY_GATE + group * (D + 1), z_positive, z_negative, lo, before, split * (BD // SPLITS),
+            D, F2, WINDOW, UNIT, NUM_SLOTS, SINKS, GATED, BD // SPLITS, BD, BF, BC, DC if DC < 32 else 32, FOLD_PRECISION,
+        )  # fmt: skip
+        # Scalar conditions go into bounds: the interpreter cannot combine them with a mask.
+        z_limit = tl.where(split == 0, F2, 0)
+        slot = (lo // UNIT) % 2
+        tl.store(z + slot * (2 * F2) + f, z_positive, mask=f < z_limit)
+        tl.store(z + slot * (2 * F2) + F2 + f, z_negative, mask=f < z_limit)
+        tl.debug_barrier()  # other threads of this program read what was just written to kv and z
+    return z_positive, z_negative
+
+
+@triton.jit
+def _prefetch(P, wanted):
+    """Brings the cache lines at addresses P into L2 where `wanted`: no registers held, nothing waits."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,r", [P.to(tl.int64, bitcast=True), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _prefetch_state(KV, head_split, v0, D: tl.constexpr, F2: tl.constexpr, BF: tl.constexpr, COLUMNS: tl.constexpr, HEAD_SPLITS: tl.constexpr):
+    """Columns [v0, v0 + COLUMNS) of kv; programs with other heads and the same columns take a row in turns."""
+    LINES: tl.constexpr = COLUMNS // 32 if COLUMNS > 32 else 1  # of 32 floats
+    line = tl.arange(0, 2 * BF // HEAD_SPLITS * LINES)
+    f = line // LINES * HEAD_SPLITS + head_split
+    column = v0 + line % LINES * 32
+    _prefetch(KV + f * D + column, (f < 2 * F2) & (column < D))
+
+
+@triton.jit
+def _prefetch_window(
+    RING_K, RING_V, first, count, split, D: tl.constexpr, BD: tl.constexpr, NUM_SLOTS: tl.constexpr, AHEAD: tl.constexpr, SPLITS: tl.constexpr
+):
+    """Ring slots of positions [first, first + count); the programs of a state head take a slot in turns."""
+    LINE: tl.constexpr = 1024 // RING_K.dtype.element_ty.primitive_bitwidth  # elements
+    LINES: tl.constexpr = BD // LINE if BD > LINE else 1
+    line = tl.arange(0, AHEAD // SPLITS * LINES)
+    n = line // LINES * SPLITS + split
+    part = line % LINES * LINE
+    at = (first + n) % NUM_SLOTS * D + part
+    wanted = (n < count) & (part < D)
+    _prefetch(RING_K + at, wanted)
+    _prefetch(RING_V + at, wanted)
+
+
+@triton.jit
+def _project_heads(
+    at, row_ok, QUERY_MAP, head0, i, d0,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, NUM_HEADS: tl.constexpr, D: tl.constexpr, F2: tl.constexpr, BF: tl.constexpr, DC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What elements [d0, d0 + DC) of q add to y = qW in the rows of head i, 0 in the others.
+
+    Each head has its map: all rows are multiplied by it and those of the head are kept. A row of a tile costs a tensor core nothing.
+    """
+    d = d0 + tl.arange(0, DC)
+    f = tl.arange(0, BF)
+    x = tl.load(at[:, None] + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    this = tl.minimum(head0 + i, NUM_HEADS - 1)  # one too many where heads do not divide: its row is never stored
+    w = tl.load(QUERY_MAP + this * (D * F2) + d[:, None] * F2 + f[None, :], mask=(d < D)[:, None] & (f < F2)[None, :], other=0.0).to(tl.float32)
+    return tl.where((tl.arange(0, ROWS) % HEADS == i)[:, None], tl.dot(x, w, input_precision=PRECISION), 0.0)
+
+
+@triton.jit
+def _features(
+    Q, QUERY_MAP, QUERY_GATE, q_row, q_head, head0,
+    ROWS: tl.constexpr, BATCH_ROWS: tl.constexpr, HEADS: tl.constexpr, NUM_HEADS: tl.constexpr, D: tl.constexpr, F2: tl.constexpr, GATED: tl.constexpr,
+    BD: tl.constexpr, BF: tl.constexpr, DC: tl.constexpr, LOOPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Both halves of phi(q), [ROWS, BF] each; row b * HEADS + i is query head head0 + i of the program's batch row b. LOOPED: little code and few registers."""
+    row = tl.arange(0, ROWS)
+    f = tl.arange(0, BF)
+    head = head0 + row % HEADS
+    row_ok = (row // HEADS < BATCH_ROWS) & (head < NUM_HEADS)
+    at = Q + row // HEADS * q_row + head * q_head
+    y = tl.zeros([ROWS, BF], tl.float32)
+    if LOOPED:
+        for i in tl.range(0, HEADS, num_stages=1):
+            for d0 in tl.range(0, BD, DC, num_stages=1):
+                y += _project_heads(at, row_ok, QUERY_MAP, head0, i, d0, ROWS, HEADS, NUM_HEADS, D, F2, BF, DC, PRECISION)
+    else:
+        for d0 in tl.static_range(0, BD, DC):
+            for i in tl.static_range(HEADS):
+                y += _project_heads(at, row_ok, QUERY_MAP, head0, i, d0, ROWS, HEADS, NUM_HEADS, D, F2, BF, DC, PRECISION)
+    projected = tl.zeros([ROWS, 1], tl.float32)
+    power = tl.zeros([ROWS, 1], tl.float32)
+    if GATED:
+        d = tl.arange(0, BD)
+        mask = row_ok[:, None] & (d < D)[None, :]
+        q = tl.load(at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        direction = tl.load(QUERY_GATE + head[:, None] * (D + 1) + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        projected = tl.sum(q * direction, 1, keep_dims=True) * (D**-0.5)
+        power = tl.load(QUERY_GATE + head * (D + 1) + D, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+    return _phi(y, (f < F2)[None, :], projected, power, F2, GATED, 1)
+
+
+@triton.jit
+def _attend(
+    Q, K, V, OUT, RING_K, RING_V, SINK_K, SINK_V, KV, LOG_WEIGHT, phi_positive, phi_negative, z_positive, z_negative,
+    q_row, q_head, weight_row, weight_head, scale, length, lo, valid, writes_keys, writes_values, this_row, head0, v0,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, NUM_HEADS: tl.constexpr, OUT_HEADS: tl.constexpr, D: tl.constexpr, F2: tl.constexpr, WINDOW: tl.constexpr,
+    NUM_SLOTS: tl.constexpr, SINKS: tl.constexpr, LINEAR: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr,
+    BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Query heads [head0, head0 + HEADS) of a state head, columns [v0, v0 + BV) of the values, of the program's batch row this_row.
+
+    Q, OUT and LOG_WEIGHT stand at the program's first batch row, the other pointers at this one. All rows of phi take part, those of other batch rows without a query: nothing of them is stored.
+    """
     row = tl.arange(0, ROWS)
     d = tl.arange(0, BD)
     column = v0 + tl.arange(0, BV)
     f = tl.arange(0, BF)
     column_ok = column < D
-    head = head0 + row
-    head_ok = (row < HEADS) & (head < NUM_HEADS)
+    b = row // HEADS
+    head = head0 + row % HEADS
+    head_ok = (b == this_row) & (head < NUM_HEADS)
     q_mask = head_ok[:, None] & (d < D)[None, :]
-    q = tl.load(Q + head[:, None] * q_head + d[None, :], mask=q_mask, other=0.0)
+    q = tl.load(Q + (b * q_row + head * q_head)[:, None] + d[None, :], mask=q_mask, other=0.0)
 
     if LINEAR:
         state = KV + f[:, None] * D + column[None, :]
         state_mask = (f < F2)[:, None] & column_ok[None, :]
-        if EARLY:  # few programs: the longest loads should be on their way while the features are computed
+        if EARLY >= 1:  # where registers allow it, the longest loads are on their way while the softmax is computed
             kv_positive = tl.load(state, mask=state_mask, other=0.0)
+        if EARLY >= 2:
             kv_negative = tl.load(state + F2 * D, mask=state_mask, other=0.0)
-
-        y = tl.zeros([ROWS, BF], tl.float32)
-        for i in tl.static_range(HEADS):
-            this = tl.minimum(head0 + i, NUM_HEADS - 1)  # one too many where heads do not divide: its row is never stored
-            one = _project(Q + this * q_head, QUERY_MAP + this * (D * F2), D, F2, BD, BF, DC)
-            y = tl.where((row == i)[:, None], one[None, :], y)
-        projected = tl.zeros([ROWS, 1], tl.float32)
-        power = tl.zeros([ROWS, 1], tl.float32)
-        if GATED:
-            direction = tl.load(QUERY_GATE + head[:, None] * (D + 1) + d[None, :], mask=q_mask, other=0.0).to(tl.float32)
-            projected = tl.sum(q.to(tl.float32) * direction, 1, keep_dims=True) * (D**-0.5)
-            power = tl.load(QUERY_GATE + head * (D + 1) + D, mask=head_ok, other=0.0).to(tl.float32)[:, None]
-        phi_positive, phi_negative = _phi(y, (f < F2)[None, :], projected, power, F2, GATED, 1)
 
     # Softmax over sinks, window and the token itself, in this order.
     largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    parts = tl.zeros([ROWS, BN], tl.float32)  # of the sum of the weights: added up once, not once a tile
     out = tl.zeros([ROWS, BV], tl.float32)
     if WINDOW > 0 or SINKS > 0:
         if WINDOW > 0:
@@ -221,13 +349,14 @@ def _attend(
             new_largest = tl.maximum(largest, tl.max(logits, 1))
             weights = tl.exp2(logits - new_largest[:, None])
             shrink = tl.exp2(largest - new_largest)
-            total = total * shrink + tl.sum(weights, 1)
+            parts = parts * shrink[:, None] + weights
             out = tl.dot(weights.to(values.dtype), values, out * shrink[:, None], input_precision=PRECISION)
             largest = new_largest
+    total = tl.sum(parts, 1)
 
     if LINEAR:
         has_linear = lo > SINKS
-        weight = tl.exp2(tl.load(LOG_WEIGHT + head * weight_head, mask=head_ok, other=0.0).to(tl.float32) * LOG2E)
+        weight = tl.exp2(tl.load(LOG_WEIGHT + b * weight_row + head * weight_head, mask=head_ok, other=0.0).to(tl.float32) * LOG2E)
         if ABSOLUTE:
             # Only a common factor that cancels; bounded so that neither branch overflows or vanishes where the other is needed.
             bounded = tl.where(has_linear, tl.maximum(largest, -MAX_SHIFT * LOG2E), largest)
@@ -236,17 +365,19 @@ def _attend(
             out *= shrink[:, None]
             weight *= tl.exp2(-tl.maximum(bounded, -MAX_SHIFT * LOG2E))
         weight = tl.where(has_linear, weight, 0.0)
-        if not EARLY:
+        # The weight goes into phi: one accumulator for both branches, and what a tensor core needs of phi is not kept from one batch row to the next.
+        phi_positive = phi_positive * weight[:, None]
+        phi_negative = phi_negative * weight[:, None]
+        if EARLY < 1:
             kv_positive = tl.load(state, mask=state_mask, other=0.0)
-        lin = tl.dot(phi_positive, kv_positive, input_precision=PRECISION)
-        if not EARLY:
+        out = tl.dot(phi_positive, kv_positive, out, input_precision=PRECISION)
+        if EARLY < 2:
             kv_negative = tl.load(state + F2 * D, mask=state_mask, other=0.0)
-        lin = tl.dot(phi_negative, kv_negative, lin, input_precision=PRECISION)
-        total += weight * (tl.sum(phi_positive * z_positive[None, :], 1) + tl.sum(phi_negative * z_negative[None, :], 1))
-        out += weight[:, None] * lin
+        out = tl.dot(phi_negative, kv_negative, out, input_precision=PRECISION)
+        total += tl.sum(phi_positive * z_positive[None, :] + phi_negative * z_negative[None, :], 1)
     total = tl.where(valid, total, 0.0)
     out = tl.where((total > 0)[:, None], out / tl.where(total > 0, total, 1.0)[:, None], 0.0)
-    tl.store(OUT + head[:, None] * D + column[None, :], out.to(OUT.dtype.element_ty), mask=head_ok[:, None] & column_ok[None, :])
+    tl.store(OUT + (b * OUT_HEADS + head)[:, None] * D + column[None, :], out.to(OUT.dtype.element_ty), mask=head_ok[:, None] & column_ok[None, :])
 
     key_limit = tl.where(writes_keys, D, 0)
     value_limit = tl.where(writes_values, D, 0)
@@ -262,92 +393,136 @@ def _attend(
 
 
 @triton.jit
+def _prefetch_row(
+    RING_K, RING_V, KV, b, group, split, lengths,
+    STATE_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, D: tl.constexpr, F2: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr, NUM_SLOTS: tl.constexpr,
+    HEAD_SPLITS: tl.constexpr, VALUE_SPLITS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, AHEAD: tl.constexpr, WHOLE_RING: tl.constexpr,
+):  # fmt: skip
+    """The step's loads wait for each other (length, window, features, state): what they will ask for is brought into L2 before the first of them."""
+    SPLITS: tl.constexpr = HEAD_SPLITS * VALUE_SPLITS
+    if F2 > 0:
+        v0 = split // HEAD_SPLITS * (BD // VALUE_SPLITS)
+        _prefetch_state(KV + (b * STATE_HEADS + group) * (2 * F2 * D), split % HEAD_SPLITS, v0, D, F2, BF, BD // VALUE_SPLITS, HEAD_SPLITS)
+    if WINDOW > 0:
+        ring = (b * KEY_HEADS + group // (STATE_HEADS // KEY_HEADS)) * (NUM_SLOTS * D)
+        if WHOLE_RING:
+            _prefetch_window(RING_K + ring, RING_V + ring, 0, NUM_SLOTS, split, D, BD, NUM_SLOTS, AHEAD, SPLITS)
+        else:
+            length = tl.load(lengths).to(tl.int32)
+            lo, _ = _window_start(length, WINDOW, BLOCKS)
+            _prefetch_window(RING_K + ring, RING_V + ring, lo, length - lo, split, D, BD, NUM_SLOTS, AHEAD, SPLITS)
+
+
+@triton.jit
 def decode_step(
     Q, K, V, OUT, RING_K, RING_V, SINK_K, SINK_V, KV, Z, LENGTHS, QUERY_MAP, KEY_MAP, QUERY_GATE, KEY_GATE, LOG_WEIGHT, START,
     q_row, q_head, k_row, k_head, v_row, v_head, weight_row, weight_head, start_row, scale,
     STATE_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, NUM_HEADS: tl.constexpr, D: tl.constexpr, F2: tl.constexpr,
     WINDOW: tl.constexpr, BLOCKS: tl.constexpr, NUM_SLOTS: tl.constexpr, SINKS: tl.constexpr, COPIES: tl.constexpr,
     LINEAR: tl.constexpr, GATED: tl.constexpr, ABSOLUTE: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr,
-    HEAD_SPLITS: tl.constexpr, VALUE_SPLITS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, DC: tl.constexpr, EARLY: tl.constexpr,
-    PRECISION: tl.constexpr, FOLD_PRECISION: tl.constexpr,
+    BATCH_ROWS: tl.constexpr, HEAD_SPLITS: tl.constexpr, VALUE_SPLITS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, DC: tl.constexpr,
+    EARLY: tl.constexpr, AHEAD: tl.constexpr, WHOLE_RING: tl.constexpr, PRECISION: tl.constexpr, FOLD_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * STATE_HEADS, HEAD_SPLITS * VALUE_SPLITS). NUM_HEADS: query heads per state head. F2 = F/2."""
+    """Grid (B / BATCH_ROWS * STATE_HEADS, HEAD_SPLITS * VALUE_SPLITS). NUM_HEADS: query heads per state head. F2 = F/2.
+
+    BATCH_ROWS > 1, which reads a query's map once for several rows of the batch, needs SPLITS == 1 and BATCH_ROWS * NUM_HEADS <= ROWS.
+    """
     SPLITS: tl.constexpr = HEAD_SPLITS * VALUE_SPLITS
     HEADS: tl.constexpr = (NUM_HEADS + HEAD_SPLITS - 1) // HEAD_SPLITS
     UNIT: tl.constexpr = WINDOW if (BLOCKS and WINDOW > 0) else 1
     REPEAT: tl.constexpr = STATE_HEADS // KEY_HEADS
-    pair = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    b = pair // STATE_HEADS
-    group = pair % STATE_HEADS
+    head_split = split % HEAD_SPLITS
+    v0 = (split // HEAD_SPLITS) * (BD // VALUE_SPLITS)
+    b0 = program // STATE_HEADS * BATCH_ROWS
+    group = program % STATE_HEADS
     key_head = group // REPEAT
-    copies = LENGTHS + pair * COPIES + split * (COPIES // SPLITS)
-    length = tl.load(copies).to(tl.int32)
-    valid = split >= 0  # always
-    if PADDED:
-        valid = tl.load(START + b * start_row) <= 0
-    if WINDOW == 0:
-        lo = length + 1
-        before = length
-    elif BLOCKS:
-        lo = tl.maximum(length // WINDOW - 1, 0) * WINDOW
-        before = tl.maximum((length + (WINDOW - 1)) // WINDOW - 2, 0) * WINDOW
-    else:
-        lo = tl.maximum(length - WINDOW + 1, 0)
-        before = tl.maximum(length - WINDOW, 0)
-
     first_head = group * NUM_HEADS
-    Q += b * q_row + first_head * q_head
-    OUT += (b * STATE_HEADS * NUM_HEADS + first_head) * D
-    K += b * k_row + key_head * k_head
-    V += b * v_row + key_head * v_head
-    ring = (b * KEY_HEADS + key_head) * NUM_SLOTS * D
-    sinks = (b * KEY_HEADS + key_head) * SINKS * D
-    KV += pair * (2 * F2 * D)
-    Z += pair * (4 * F2)
+    lengths = LENGTHS + (b0 * STATE_HEADS + group) * COPIES + split * (COPIES // SPLITS)
+    if AHEAD > 0:
+        _prefetch_row(
+            RING_K, RING_V, KV, b0, group, split, lengths,
+            STATE_HEADS, KEY_HEADS, D, F2, WINDOW, BLOCKS, NUM_SLOTS, HEAD_SPLITS, VALUE_SPLITS, BD, BF, AHEAD, WHOLE_RING,
+        )  # fmt: skip
+    if BATCH_ROWS > 1 and LINEAR:
+        # In a part of its own, and with a zero that the compiler does not know: it would keep this part's addresses in registers in all steps.
+        row = tl.arange(0, BATCH_ROWS)
+        starts, started = _window_start(tl.load(lengths + row * (STATE_HEADS * COPIES)).to(tl.int32), WINDOW, BLOCKS)
+        if tl.max(starts - started, 0) > 0:
+            zero = tl.minimum(tl.max(starts, 0), 0)
+            for r in tl.range(0, BATCH_ROWS, num_stages=1):
+                _fold_row(
+                    K, V, RING_K, RING_V, KV, Z, KEY_MAP, KEY_GATE, START, k_row, k_head, v_row, v_head, start_row,
+                    b0 + r, group + zero, split + zero, tl.load(lengths + r * (STATE_HEADS * COPIES)).to(tl.int32),
+                    STATE_HEADS, KEY_HEADS, D, F2, WINDOW, BLOCKS, NUM_SLOTS, SINKS, GATED, PADDED, SPLITS, BD, BF, BC, DC, FOLD_PRECISION,
+                )  # fmt: skip
+
+    Q += b0 * q_row + first_head * q_head
+    OUT += (b0 * STATE_HEADS * NUM_HEADS + first_head) * D
+    LOG_WEIGHT += b0 * weight_row + first_head * weight_head
     QUERY_MAP += first_head * (D * F2)
-    KEY_MAP += group * (D * F2)
     QUERY_GATE += first_head * (D + 1)
-    KEY_GATE += group * (D + 1)
-    LOG_WEIGHT += b * weight_row + first_head * weight_head
-    owner = valid & (group % REPEAT == 0)
     f = tl.arange(0, BF)
-    z_positive = tl.zeros([BF], tl.float32)
-    z_negative = tl.zeros([BF], tl.float32)
-    fold = (lo > before) & valid & LINEAR
+    phi_positive = tl.zeros([ROWS, BF], tl.float32)
+    phi_negative = tl.zeros([ROWS, BF], tl.float32)
     if LINEAR:
-        slot = (before // UNIT) % 2
-        z_positive += tl.load(Z + slot * (2 * F2) + f, mask=f < F2, other=0.0)
-        z_negative += tl.load(Z + slot * (2 * F2) + F2 + f, mask=f < F2, other=0.0)
-        if fold:
-            z_positive, z_negative = _fold(
-                K, V, RING_K + ring, RING_V + ring, KV, KEY_MAP, KEY_GATE, z_positive, z_negative, lo, before, split * (BD // SPLITS),
-                D, F2, WINDOW, UNIT, NUM_SLOTS, SINKS, GATED, BD // SPLITS, BD, BF, BC, DC, FOLD_PRECISION,
+        phi_positive, phi_negative = _features(
+            Q, QUERY_MAP, QUERY_GATE, q_row, q_head, head_split * HEADS, ROWS, BATCH_ROWS, HEADS, NUM_HEADS, D, F2, GATED, BD, BF, DC, BD > 128, PRECISION,
+        )  # fmt: skip
+
+    for r in tl.range(0, BATCH_ROWS, num_stages=1):
+        b = b0 + r
+        length = tl.load(lengths + r * (STATE_HEADS * COPIES)).to(tl.int32)
+        if AHEAD > 0 and BATCH_ROWS > 1:
+            if r + 1 < BATCH_ROWS:
+                _prefetch_row(
+                    RING_K, RING_V, KV, b + 1, group, split, lengths + (r + 1) * (STATE_HEADS * COPIES),
+                    STATE_HEADS, KEY_HEADS, D, F2, WINDOW, BLOCKS, NUM_SLOTS, HEAD_SPLITS, VALUE_SPLITS, BD, BF, AHEAD, WHOLE_RING,
+                )  # fmt: skip
+        valid = split >= 0  # always
+        if PADDED:
+            valid = tl.load(START + b * start_row) <= 0
+        lo, before = _window_start(length, WINDOW, BLOCKS)
+        fold = (lo > before) & valid & LINEAR
+        owner = valid & (group % REPEAT == 0)
+        keys = K + b * k_row + key_head * k_head
+        values = V + b * v_row + key_head * v_head
+        ring = (b * KEY_HEADS + key_head) * (NUM_SLOTS * D)
+        sinks = (b * KEY_HEADS + key_head) * (SINKS * D)
+        kv = KV + (b * STATE_HEADS + group) * (2 * F2 * D)
+        z_positive = tl.zeros([BF], tl.float32)
+        z_negative = tl.zeros([BF], tl.float32)
+        if LINEAR:
+            if BATCH_ROWS > 1:
+                z = Z + (b * STATE_HEADS + group) * (4 * F2) + (lo // UNIT) % 2 * (2 * F2)
+                z_positive += tl.load(z + f, mask=f < F2, other=0.0)
+                z_negative += tl.load(z + F2 + f, mask=f < F2, other=0.0)
+            else:
+                z_positive, z_negative = _fold_row(
+                    K, V, RING_K, RING_V, KV, Z, KEY_MAP, KEY_GATE, START, k_row, k_head, v_row, v_head, start_row, b, group, split, length,
+                    STATE_HEADS, KEY_HEADS, D, F2, WINDOW, BLOCKS, NUM_SLOTS, SINKS, GATED, PADDED, SPLITS, BD, BF, BC, DC, FOLD_PRECISION,
+                )  # fmt: skip
+        if HEAD_SPLITS > 1 and fold:
+            all_positive, all_negative = _features(
+                Q, QUERY_MAP, QUERY_GATE, q_row, q_head, split * 0, ROWS, BATCH_ROWS, NUM_HEADS, NUM_HEADS, D, F2, GATED, BD, BF, 16, True, PRECISION,
             )  # fmt: skip
-            # Scalar conditions go into bounds: the interpreter cannot combine them with a mask.
-            z_limit = tl.where(split == 0, F2, 0)
-            slot = (lo // UNIT) % 2
-            tl.store(Z + slot * (2 * F2) + f, z_positive, mask=f < z_limit)
-            tl.store(Z + slot * (2 * F2) + F2 + f, z_negative, mask=f < z_limit)
-            tl.debug_barrier()  # other threads of this program read what was just written to kv
-    if HEAD_SPLITS > 1 and fold:
-        _attend(
-            Q, K, V, OUT, RING_K + ring, RING_V + ring, SINK_K + sinks, SINK_V + sinks, KV, QUERY_MAP, QUERY_GATE, LOG_WEIGHT, z_positive, z_negative,
-            q_head, weight_head, scale, length, lo, valid, owner & (split == 0), owner, split * 0, split * (BD // SPLITS),
-            ROWS, NUM_HEADS, NUM_HEADS, D, F2, WINDOW, NUM_SLOTS, SINKS, LINEAR, GATED, ABSOLUTE, ALIGNED, BD, BF, BD // SPLITS, BN, DC, EARLY, PRECISION,
-        )  # fmt: skip
-    else:
-        head_split = split % HEAD_SPLITS
-        _attend(
-            Q, K, V, OUT, RING_K + ring, RING_V + ring, SINK_K + sinks, SINK_V + sinks, KV, QUERY_MAP, QUERY_GATE, LOG_WEIGHT, z_positive, z_negative,
-            q_head, weight_head, scale, length, lo, valid, owner & (split == 0), owner & (head_split == 0), head_split * HEADS, (split // HEAD_SPLITS) * (BD // VALUE_SPLITS),
-            ROWS, HEADS, NUM_HEADS, D, F2, WINDOW, NUM_SLOTS, SINKS, LINEAR, GATED, ABSOLUTE, ALIGNED, BD, BF, BD // VALUE_SPLITS, BN, DC, EARLY, PRECISION,
-        )  # fmt: skip
-    copy = tl.arange(0, COPIES // SPLITS)
-    if PADDED:
-        tl.store(copies + copy, tl.zeros([COPIES // SPLITS], tl.int64) + length + valid.to(tl.int64))
-    else:
-        tl.store(copies + copy, tl.zeros([COPIES // SPLITS], tl.int64) + length + 1)
+            _attend(
+                Q, keys, values, OUT, RING_K + ring, RING_V + ring, SINK_K + sinks, SINK_V + sinks, kv, LOG_WEIGHT, all_positive, all_negative, z_positive, z_negative,
+                q_row, q_head, weight_row, weight_head, scale, length, lo, valid, owner & (split == 0), owner, r, split * 0, split * (BD // SPLITS),
+                ROWS, NUM_HEADS, NUM_HEADS, STATE_HEADS * NUM_HEADS, D, F2, WINDOW, NUM_SLOTS, SINKS, LINEAR, ABSOLUTE, ALIGNED, BD, BF, BD // SPLITS, BN, 0, PRECISION,
+            )  # fmt: skip
+        else:
+            _attend(
+                Q, keys, values, OUT, RING_K + ring, RING_V + ring, SINK_K + sinks, SINK_V + sinks, kv, LOG_WEIGHT, phi_positive, phi_negative, z_positive, z_negative,
+                q_row, q_head, weight_row, weight_head, scale, length, lo, valid, owner & (split == 0), owner & (head_split == 0), r, head_split * HEADS, v0,
+                ROWS, HEADS, NUM_HEADS, STATE_HEADS * NUM_HEADS, D, F2, WINDOW, NUM_SLOTS, SINKS, LINEAR, ABSOLUTE, ALIGNED, BD, BF, BD // VALUE_SPLITS, BN, EARLY, PRECISION,
+            )  # fmt: skip
+        copy = r * (STATE_HEADS * COPIES) + tl.arange(0, COPIES // SPLITS)
+        if PADDED:
+            tl.store(lengths + copy, tl.zeros([COPIES // SPLITS], tl.int64) + length + valid.to(tl.int64))
+        else:
+            tl.store(lengths + copy, tl.zeros([COPIES // SPLITS], tl.int64) + length + 1)
 
 
 def step_refusal(device_type: str, dtype: torch.dtype, head_dim: int, half_features: int, group: int) -> str | None:
@@ -383,11 +558,21 @@ def _constants(
         value_splits *= 2
     columns = BD // value_splits
     many = num_pairs >= TARGET_PROGRAMS
+    # Where the state is only read in most steps, and while there are two programs for each multiprocessor.
+    batch_rows = 1
+    while (
+        kind == "block" and head_splits * value_splits == 1 and 2 * batch_rows <= min(MAX_BATCH_ROWS, MAX_GROUP // num_heads)
+        and num_pairs // state_heads % (2 * batch_rows) == 0 and num_pairs >= 4 * batch_rows * TARGET_PROGRAMS
+    ):  # fmt: skip
+        batch_rows *= 2
+    ahead = triton.next_power_of_2(max(num_slots - 2, 1))
+    prefetch = PREFETCH and not triton.knobs.runtime.interpret  # the interpreter knows no such instruction
     constants = {
         "STATE_HEADS": state_heads, "KEY_HEADS": key_heads, "NUM_HEADS": num_heads, "D": head_dim, "F2": half_features, "WINDOW": window_size, "BLOCKS": kind == "block",
         "NUM_SLOTS": num_slots, "SINKS": num_sinks, "COPIES": copies, "LINEAR": half_features > 0, "GATED": gated, "ABSOLUTE": absolute, "PADDED": padded, "ALIGNED": aligned,
-        "HEAD_SPLITS": head_splits, "VALUE_SPLITS": value_splits, "ROWS": 16, "BD": BD, "BF": BF, "BN": 32 if many else 64, "BC": 16,
-        "DC": max(16, min(BD, TILE_ELEMENTS // 4 // BF)), "EARLY": not many and BD <= 128, "PRECISION": "ieee" if exact else "tf32", "FOLD_PRECISION": "ieee" if exact else "tf32x3",
+        "BATCH_ROWS": batch_rows, "HEAD_SPLITS": head_splits, "VALUE_SPLITS": value_splits, "ROWS": max(8, triton.next_power_of_2(batch_rows * max(-(-num_heads // head_splits), num_heads if head_splits > 1 else 1))), "BD": BD, "BF": BF, "BN": 32 if many and (BD > 128 or BF > 64) else 64, "BC": 16,
+        "DC": max(16, min(BD, TILE_ELEMENTS // 2 // BF)), "EARLY": 0 if many or BD > 128 else 2, "AHEAD": max(ahead, head_splits * value_splits) if prefetch else 0, "WHOLE_RING": not many,
+        "PRECISION": "ieee" if exact else "tf32", "FOLD_PRECISION": "ieee" if exact else "tf32x3",
     }  # fmt: skip
     options = {"num_warps": 8 if columns * BF > TILE_ELEMENTS // 2 else 4, "num_stages": 3 if BD <= 128 else 2}
     if many and BD <= 128 and BF <= 64:  # two blocks of 8 warps on a multiprocessor hide each other's waiting
@@ -423,7 +608,7 @@ def _plan(tensors: tuple[Any, ...], aligned: bool, window_size: int, window_kind
     )
     log_weight = stride.get("log_weight", stride["q"])
     numbers = (*(stride[name][axis] for name in "qkv" for axis in (0, 2)), *log_weight[:2], stride["start"][0] if "start" in known else 0, scale)
-    grid = (B * state_heads, constants["HEAD_SPLITS"] * constants["VALUE_SPLITS"])
+    grid = (B // constants["BATCH_ROWS"] * state_heads, constants["HEAD_SPLITS"] * constants["VALUE_SPLITS"])
     return Plan(device, (*_TENSORS, "out"), [Launch(decode_step, grid, (*pointers, *numbers), constants, options)], {})
 
 
@@ -504,11 +689,11 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
             B * state_heads, state_heads, G, H // state_heads, D, F2, C, kind, num_slots, A, 16,
             gated=default and F2 > 0, absolute=default, padded=True, aligned=True, exact=False,
         )  # fmt: skip
-        # Some words: on 8.x of the part that folds a block (once in `window_size` steps), where registers are limited so that two blocks fit a
-        # multiprocessor; on 9.x of large maps with Triton 3.9, none with 3.6.
+        # Some words, most of them addresses in the part that folds a block, once in `window_size` steps: where registers are limited so that two blocks fit a
+        # multiprocessor, and where maps are large. On 8.x, where that part has no asynchronous tensor cores, more of them.
         if arch < 90:
-            max_stack = 64 if "maxnreg" in options else 0
+            max_stack = 224 if "maxnreg" in options else 48
         else:
-            max_stack = 128 if D == 256 else 64 if D * F2 == 128 * 128 and B == 1 else 0
+            max_stack = 128 if D == 256 else 64 if "maxnreg" in options or D * F2 == 128 * 128 else 0
         configs.append((f"decode-d{D}-f{F2}-h{H}-g{G}-b{B}-{kind}{C}" + ("" if default else "-lolcats"), decode_step, signature, constants, options, max_stack))
     return configs

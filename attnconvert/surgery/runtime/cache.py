@@ -28,8 +28,14 @@ class CoreCacheLayer(CacheLayerMixin):
     `update()` sees no mask, so it only counts tokens; the core owns `state` (named tensors with batch first). Calls with several tokens
     replace its tensors; decode steps of a core with `static_decode`, and the reordering of beams, change them in place.
 
+    Args:
+        planned_length: tokens, padding included, that the cache is expected to hold in the end; None = not known. A core whose state grows
+            with the context makes room for them at once.
+
     Attributes:
         state: the core's tensors; empty before the first token.
+        layout: what the core has to know about them besides.
+        capacity: tokens, padding included, that the state's tensors have room for; None = any number.
         num_tokens: tokens seen, padding included (transformers derives positions and mask sizes from it).
     """
 
@@ -38,9 +44,12 @@ class CoreCacheLayer(CacheLayerMixin):
     supports_early_init = False
     is_croppable = False
 
-    def __init__(self) -> None:
+    def __init__(self, planned_length: int | None = None) -> None:
         super().__init__()
+        self.planned_length = planned_length
         self.state: dict[str, Tensor] = {}
+        self.layout: Any = None
+        self.capacity: int | None = None
         self.num_tokens = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -69,7 +78,7 @@ class CoreCacheLayer(CacheLayerMixin):
         self.state = {name: function(tensor) for name, tensor in self.state.items()}
 
     def reset(self) -> None:
-        self.state, self.num_tokens, self.is_initialized = {}, 0, False
+        self.state, self.layout, self.capacity, self.num_tokens, self.is_initialized = {}, None, None, 0, False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         for tensor in self.state.values():
@@ -85,8 +94,10 @@ class CoreCacheLayer(CacheLayerMixin):
         self._map(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        raise ValueError("an offloaded cache is not supported by converted attention: its state is constant and small, use the default cache")
+        raise ValueError("an offloaded cache is not supported by converted attention, whose cache is small already: use the default cache")
 
     def crop(self, max_length: int) -> None:
         if max_length != self.num_tokens:
-            raise ValueError("a recurrent state cannot be cropped: assisted and prompt-lookup decoding are not available for converted models")
+            raise ValueError(
+                "converted attention forgets, so its cache cannot be cropped: assisted and prompt-lookup decoding are not available for converted models"
+            )

@@ -1,8 +1,8 @@
 """Decode steps of a whole converted model as one CUDA graph.
 
 A step of a small model is a few hundred kernels of some microseconds each, and Python needs longer to launch one than the device to run it.
-The state of converted layers has constant size and is changed in place, so a step does the same to the same addresses every time: it is
-recorded once and replayed. Layers kept as softmax attention grow their keys with every token and cannot be recorded.
+The state of converted layers has constant size, or room for a length it was told, and is changed in place, so a step does the same to the same
+addresses every time: it is recorded once and replayed. Layers kept as softmax attention grow their keys with every token and cannot be recorded.
 """
 
 import functools
@@ -44,6 +44,8 @@ def graph_refusal(model: Any, cache: Any) -> str | None:
     cores = [module for module in model.modules() if isinstance(module, AttentionCore)]
     if not all(core.static_decode for core in cores):
         return f"{next(type(core).__name__ for core in cores if not core.static_decode)} changes the shape of its cache"
+    if any(core.needs_planned_length for core in cores) and any(layer.planned_length is None for layer in cache.layers):
+        return "the cache grows, for it was not told how many tokens to make room for: model.build_cache(max_length)"
     if model.training:
         return "the model is in training mode"
     if len(set((getattr(model, "hf_device_map", None) or {"": None}).values())) > 1:
@@ -95,7 +97,8 @@ class DecodeGraph:
             return self.model(**inputs)
         values = self._values(inputs, cache)
         key, states = self._key(inputs, values), [layer.state for layer in cache.layers]
-        if key != self._warm or len(states) != len(self._states) or any(a is not b for a, b in zip(states, self._states, strict=True)):
+        full = any(layer.capacity is not None and layer.num_tokens >= layer.capacity for layer in cache.layers)  # its tensors change in this step
+        if full or key != self._warm or len(states) != len(self._states) or any(a is not b for a, b in zip(states, self._states, strict=True)):
             self._graph, self._static, self._output = None, {}, None
             output = self.model(**inputs)
             self._warm, self._states = key, [layer.state for layer in cache.layers]

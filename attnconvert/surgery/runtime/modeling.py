@@ -135,9 +135,13 @@ class AttnConvertMixin:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         write_code(os.fspath(save_directory), sorted({row["method"] for row in config.attn_plan["layers"] if row["method"]}))
 
-    def build_cache(self) -> Cache:
-        """An empty cache: constant-size state for converted layers, what the family uses for kept ones."""
-        return build_cache(self.config)  # type: ignore[attr-defined]
+    def build_cache(self, max_length: int | None = None) -> Cache:
+        """An empty cache: the state of converted layers, what the family uses for kept ones.
+
+        Args:
+            max_length: tokens, padding included, to make room for, where a state grows with the context; more tokens are no error. None = grow.
+        """
+        return build_cache(self.config, max_length)  # type: ignore[attr-defined]
 
     def _seam_arguments(self, kwargs: dict[str, Any], open_ended: bool) -> dict[str, Any]:
         config: Any = self.config  # type: ignore[attr-defined]
@@ -169,15 +173,21 @@ class AttnConvertMixin:
             kwargs[STARTS_KWARG] = Starts(start, aligned_to)
         return kwargs
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> Any:  # fmt: skip
+        past = model_kwargs.get("past_key_values")
+        if past is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise ValueError(
-                    f"cache_implementation={generation_config.cache_implementation!r} is not available for converted attention, whose state is constant in size already; leave it out"
+                    f"cache_implementation={generation_config.cache_implementation!r} is not available for converted attention, which has a cache of its own; leave it out"
                 )
-            model_kwargs["past_key_values"] = self.build_cache()
+            model_kwargs["past_key_values"] = self.build_cache(max_cache_length)
             return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        for layer in getattr(past, "layers", ()):
+            if isinstance(layer, CoreCacheLayer):
+                layer.planned_length = max(max_cache_length, layer.planned_length or 0)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)  # type: ignore[misc]
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         """Asked by transformers: whether decoding may use `get_compiled_call`: on CUDA, where a step can be captured in a CUDA graph."""
@@ -203,7 +213,7 @@ class AttnConvertMixin:
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
-            "continuous batching packs requests into one row and bypasses the recurrent state: it would return wrong text. Use generate() on a left-padded batch"
+            "continuous batching packs requests into one row and bypasses the cache of converted attention: it would return wrong text. Use generate() on a left-padded batch"
         )
 
     generate_batch = init_continuous_batching
@@ -243,12 +253,12 @@ def use_seam(model: Any) -> None:
             config._attn_implementation = IMPLEMENTATION
 
 
-def build_cache(config: Any) -> Cache:
+def build_cache(config: Any, max_length: int | None = None) -> Cache:
     """See AttnConvertMixin.build_cache."""
     stock = DynamicCache(config=config.get_text_config(decoder=True))
     converted = {row["layer_idx"] for row in config.attn_plan["layers"] if row["method"] is not None}
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
-    return Cache(layers=[CoreCacheLayer() if i in converted else stock.layers[i] for i in range(num_layers)])
+    return Cache(layers=[CoreCacheLayer(max_length) if i in converted else stock.layers[i] for i in range(num_layers)])
 
 
 def converted_sites(model: nn.Module) -> list[tuple[int, str, Any]]:

@@ -151,9 +151,11 @@ class AttentionCore(nn.Module):
         compile_kernel: run the operator through torch.compile (training on CUDA).
         static_decode: a decode step changes the tensors of its cache layer in place, allocates none for it and never waits for the
             device, so it can be captured in a CUDA graph.
+        needs_planned_length: `static_decode` holds only for a cache that was told its length.
     """
 
     static_decode = False
+    needs_planned_length = False
 
     def __init__(self) -> None:
         super().__init__()
