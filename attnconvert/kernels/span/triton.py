@@ -25,8 +25,9 @@ except ImportError as error:
     raise ImportError("the Triton kernels of attnconvert need the package triton (Linux, NVIDIA GPU)") from error
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Finite: a row may meet keys that it sees none of before those it sees, and what it sums there is multiplied by exp2(HIDDEN - ...) = 0 later.
-HIDDEN = tl.constexpr(-1e30)
+# Finite: a row may meet keys that it sees none of before those it sees, and what it sums there is multiplied by exp2(HIDDEN - ...) = 0 later. A power of 2: times the
+# scale it is exact, so that `s * scale2 - new` is 0 for such a row when it is one fused multiply-add too, not the rounding error of 1e29, whose exp2 is infinite.
+HIDDEN = tl.constexpr(-(2.0**100))
 SINK_BLOCK = 64  # sinks per program of `sink_grad_kernel`
 MAX_HEAD_DIM = 256
 
