@@ -553,15 +553,18 @@ def plan(
     """
     with _libraries(verbose):
         from attnconvert.convert import pipeline
-        from attnconvert.convert.plan import default_length, finished_plan, render_layers, render_plan
+        from attnconvert.convert.plan import default_length, finished_plan, render_plan
         from attnconvert.convert.sparsify import draw_heat_map, has_spans, render_heat_map, span_heat_map
 
-        finished = finished_plan(model, revision=revision, trust_remote_code=trust_remote_code)
-        if finished is None:
+        prepared = None
+        try:
             prepared = pipeline.prepare(model, recipe, overrides=tuple(set_ or ()), revision=revision, trust_remote_code=trust_remote_code)
             shown, config, notes = prepared.plan, prepared.config, prepared.notes
-        else:
-            (shown, config), notes = finished, ()
+        except AttnConvertError as error:
+            if error.code != "already-converted":
+                raise
+            shown, config = finished_plan(model, revision=revision, trust_remote_code=trust_remote_code)
+            notes = ("This model was converted before: this is its own plan, --recipe and --set change nothing.",)
         spans = span_heat_map(shown, default_length(config)) if has_spans(shown) else None
         if heat_map is not None:
             if spans is None:
@@ -571,10 +574,10 @@ def plan(
                 )  # fmt: skip
             draw_heat_map(spans, heat_map)
     if as_json:
-        facts = {"model": model, "plan": shown.to_dict()}
-        _print_json(facts if finished is not None else facts | {"recipe": recipe, "estimate": prepared.estimate.to_dict(), "notes": list(notes)})
+        facts = {"model": model, "plan": shown.to_dict(), "notes": list(notes)}
+        _print_json(facts if prepared is None else facts | {"recipe": recipe, "estimate": prepared.estimate.to_dict()})
         return
-    _show(render_layers(shown) if finished is not None else render_plan(prepared.plan, prepared.estimate), _stdout())
+    _show(render_plan(shown, None if prepared is None else prepared.estimate), _stdout())
     if spans is not None:
         _show(render_heat_map(spans), _stdout())
     for note in notes:
@@ -1036,8 +1039,8 @@ def methods(
         if options:
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2))
             table.add_column("setting", no_wrap=True)
-            table.add_column("default", no_wrap=True)
-            table.add_column("values", overflow="fold")
+            table.add_column("default", overflow="fold", min_width=7)
+            table.add_column("values", overflow="fold", min_width=7)
             table.add_column("meaning", overflow="fold", ratio=1)
             for option in options:
                 table.add_row(*(Text(cell) for cell in (option.key, option.default, option.values, option.description)))
@@ -1069,12 +1072,14 @@ def method_options(config: type[BaseModel], prefix: str = "") -> list[MethodOpti
 
 
 def _accepted(annotation: Any, bounds: Sequence[Any]) -> str:
-    """`block | sliding`, `integer 0 to 64`, `true | false`: what a setting accepts."""
+    """`block | sliding`, `integer 0 to 64`, `true | false`, `[number, ...] | null`: what a setting accepts."""
     import typing
 
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is typing.Literal:
         return " | ".join(map(str, arguments))
+    if typing.get_origin(annotation) is tuple:
+        return f"[{', '.join('...' if part is Ellipsis else _accepted(part, ()) for part in arguments)}]"
     if arguments:
         return " | ".join("null" if part is type(None) else _accepted(part, bounds) for part in arguments)
     if annotation is bool:

@@ -5,7 +5,7 @@
 
 What the figures mean:
 
-- Random weights (speed does not depend on them), bf16, the recipe `hedgehog` in every layer, untrained. One model at a time is in memory, first with
+- Random weights (speed does not depend on them), bf16, the recipe `hedgehog` (or `--recipe`) in every layer, untrained. One model at a time is in memory, first with
   softmax attention, then converted in place, so a peak holds one model's weights.
 - Decode of both is the model's own forward plus argmax, captured in one CUDA graph and replayed; a graph that could not be captured, or whose logits
   differ from uncaptured steps, is replaced by uncaptured steps and the row says so.
@@ -56,6 +56,7 @@ CONVERTED_PROMPT = 256  # tokens in the state before decoding: every part of it 
 BASED_PROMPT, BASED_NEW = 16, 1024
 BASED_BATCHES = (64, 128, 256, 320, 384, 512, 768, 1024, 1536, 2048)
 WARMUPS = 3
+ROOM = 300  # tokens that a test adds to a cache
 REPLAYS = 128  # two block windows of 64, so keys that leave the window are in the mean
 SLOW_STEP_S = 0.02  # a step longer than this is replayed once a window position only
 MAX_LOGIT_ERROR = 2e-2  # of a captured step against an uncaptured one, relative
@@ -160,12 +161,12 @@ class Contestant:
         self.device, self.dtype = next(model.parameters()).device, model.dtype
         self.graph_refused: str | None = None
 
-    def empty_cache(self) -> Any:
-        return DynamicCache(config=self.config) if self.kind == "dense" else self.model.build_cache()
+    def empty_cache(self, capacity: int) -> Any:
+        return DynamicCache(config=self.config) if self.kind == "dense" else self.model.build_cache(capacity)
 
-    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        """Logits of the last token [B, 1, V] and the cache. ids [B, T]."""
-        out = self.model(input_ids=ids, past_key_values=self.empty_cache(), use_cache=True, logits_to_keep=1)
+    def prefill(self, ids: Tensor, capacity: int | None = None) -> tuple[Tensor, Any]:
+        """Logits of the last token [B, 1, V] and the cache, with room for `capacity` tokens. ids [B, T]."""
+        out = self.model(input_ids=ids, past_key_values=self.empty_cache(capacity or ids.shape[1]), use_cache=True, logits_to_keep=1)
         return out.logits, out.past_key_values
 
     def decode_cache(self, rows: int, context: int, visible: int | None = None) -> Any:
@@ -173,7 +174,11 @@ class Contestant:
         if self.kind == "dense":
             return full_cache(self.config, rows, context, visible or context, self.device, self.dtype)
         ids = torch.randint(0, self.config.vocab_size, (1, min(context, CONVERTED_PROMPT)), device=self.device)
-        cache = self.prefill(ids)[1]
+        cache = self.prefill(ids, context + ROOM)[1]
+        for layer in cache.layers:
+            if "length" in layer.state:  # a cache that grows with the context: which token a slot holds follows from the length, and zeros cost what keys do
+                layer.state["length"].fill_(context - 1)
+                layer.num_tokens = context - 1
         cache.batch_repeat_interleave(rows)
         return cache
 
@@ -415,7 +420,7 @@ class Bench:
                     for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
                         part.compile(dynamic=True)
             self.contestant(Contestant("dense", name, model, config), share)
-            swap(model, build_plan(load_recipe(self.args.recipe, ()).recipe, model.config, find_sites(model.config)))
+            swap(model, build_plan(load_recipe(self.args.recipe, self.args.set).recipe, model.config, find_sites(model.config)))
             self.contestant(Contestant("converted", name, model, config), share)
             del model
             free(self.device)
@@ -471,6 +476,7 @@ def main() -> None:
     parser.add_argument("--only", type=names, default=["prefill", "decode", "based", "largest"])
     parser.add_argument("--lengths", type=lambda text: [int(x) for x in names(text)], default=list(LENGTHS))
     parser.add_argument("--recipe", default="hedgehog")
+    parser.add_argument("--set", action="append", default=[], help="recipe override, as for attnconvert")
     parser.add_argument("--budget", type=float, default=400.0, help="seconds for everything; each model gets an equal share, half of it dense")
     parser.add_argument("--cell-seconds", type=float, default=4.0, help="seconds of repeats in one cell")
     parser.add_argument("--compile", action="store_true", help="torch.compile for MLP and norms of both")

@@ -1,4 +1,4 @@
-"""Write docs/results.md, and the tables in README.md and docs/kernels.md, from benchmarks/results/*.json. No figure there is typed by hand.
+"""Write docs/results.md, and the tables in README.md, docs/kernels.md and docs/moa.md, from benchmarks/results/*.json. No figure there is typed by hand.
 
 python benchmarks/make_results.py
 """
@@ -6,6 +6,7 @@ python benchmarks/make_results.py
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,14 @@ def smollm2() -> str:
         text += f"\nSeconds are wall-clock of training while {' or '.join(map(str, jobs))} rows shared the GPU. {where(group[0][0])}\n\n"
     if long:
         text += "### KL against tokens (training batches, mean of 10 reported steps)\n"
-        header, rows = ["finetuning tokens"], {}
+        header, curves = ["finetuning tokens"], dict[str, list[str]]()
         for _, row in sorted(long, key=lambda x: ORDER.index(x[1]["variant"])):
             header.append(row["variant"])
             points = [p for p in row["curve"] if "kl" in p]
             for start in range(0, len(points), 10):
                 chunk = points[start : start + 10]
-                rows.setdefault(f"{chunk[-1]['tokens'] / 1e6:.1f} M", []).append(number(sum(p["kl"] for p in chunk) / len(chunk), 3))
-        text += table(header, [[name, *values, *["-"] * (len(header) - 1 - len(values))] for name, values in rows.items()]) + "\n"
+                curves.setdefault(f"{chunk[-1]['tokens'] / 1e6:.1f} M", []).append(number(sum(p["kl"] for p in chunk) / len(chunk), 3))
+        text += table(header, [[name, *values, *["-"] * (len(header) - 1 - len(values))] for name, values in curves.items()]) + "\n"
     return text
 
 
@@ -217,7 +218,12 @@ def regroup_variants() -> str:
     cases = list(dict.fromkeys((row["model"], row["kv_heads"], row["init"]) for row in rows_of("grouping")))
     loss = {(row["model"], row["kv_heads"], row["init"], row["grouping"]): row for row in rows_of("grouping")}
     body = [
-        [source(loss[(*case, "contiguous")]), str(case[1]), case[2], *(number(loss.get((*case, g), {}).get("loss"), 3) for g in ("contiguous", "similar"))]
+        [
+            source(loss.get((*case, "contiguous"), {})),
+            str(case[1]),
+            case[2],
+            *(number(loss.get((*case, g), {}).get("loss"), 3) for g in ("contiguous", "similar")),
+        ]
         for case in cases
         if (*case, "similar") in loss
     ]
@@ -260,6 +266,127 @@ def regroup_decode() -> str:
     text += f"fewer KV heads there are, goal {first['goal']}; by bytes: the same for a step that takes exactly as long as its bytes, since the weights do not shrink.\n\n"
     header = ["batch", "KV heads", "mode", "ms a step", "tokens/s", "speedup", "of the reduction", "by bytes", "goal"]
     return text + table(header, body) + f"\n{where(found[0][0])}\n\n"
+
+
+MOA_PPL_GOAL, MOA_KL_GOAL, MOA_RECALL_GOAL = 1.02, 0.5, 3.0
+"""Perplexity over the dense model's at 50 %, at most; share of the uniform window's KL that is gone at 50 %, at least; times its pass-key recall at 25 %, at least."""
+
+
+def moa() -> str:
+    """Attention spans on whole models: every variant beside the uniform window of the same share, and what was aimed at."""
+    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("moa-*.json"))]
+    text = ""
+    for model in dict.fromkeys(row["model"] for data in files for row in data["rows"]):
+        mine = [data for data in files if data["rows"] and data["rows"][0]["model"] == model]
+        rows = [row for data in mine for row in data["rows"]]
+        text += f"### {model}\n{moa_table(rows)}\n{moa_goals(rows)}"
+        for data in sorted(mine, key=lambda data: -data.get("search", {}).get("density", 0)):
+            if "search" in data:
+                text += moa_search(data["rows"][0]["variant"], data["search"])
+        for line in dict.fromkeys(where(data["meta"]) for data in mine):
+            text += f"{line}\n\n"
+    return "## Figures\n" + text if text else ""
+
+
+def moa_names(row: dict[str, Any]) -> str:
+    kind, _, share = row["variant"].rpartition("-")
+    if row["variant"] == "source":
+        return "the source, same tokens"
+    return f"uniform window, {share} %" if kind == "uniform" else f"MoA, {share} %"
+
+
+def thirds(shares: list[float | None] | None) -> str:
+    return "-" if shares is None else " / ".join(number(share, 2) for share in shares)
+
+
+def moa_table(rows: list[dict[str, Any]]) -> str:
+    """Every variant, length after length."""
+    sources = {(row["length"], f"{row['tokens'] / 1e6:.1f}"): row for row in rows if row["variant"] == "source"}
+    body = []
+    for length in sorted({row["length"] for row in rows}):
+        here = [row for row in rows if row["length"] == length]
+        first = here[0]
+        body.append(
+            [
+                f"{length:,}", "the source", "0", "1", number(first["teacher_ppl"], 3), "1", "-", "0", "1", number(first["teacher_passkey"], 2), thirds(first["teacher_passkey_by_third"]),
+                "-" if first["teacher_kv_bytes"] is None else f"{first['teacher_kv_bytes'] / 2**20:.1f}",
+            ]
+        )  # fmt: skip
+        for row in sorted(here, key=lambda r: (r["variant"] != "source", -r["density"], "uniform" not in r["variant"], r["tokens"])):
+            other = sources.get((length, f"{row['tokens'] / 1e6:.1f}"))
+            body.append(
+                [
+                    f"{length:,}", moa_names(row), f"{row['tokens'] / 1e6:.1f} M" if row["tokens"] else "0", number(row["density"], 3), number(row["ppl"], 3), number(row["ppl_ratio"], 4),
+                    "-" if other is None or other is row else number(row["ppl"] / other["ppl"], 4), number(row["kl"], 4), number(row["agreement"], 3), number(row["passkey"], 2),
+                    thirds(row["passkey_by_third"]), "-" if row["kv_bytes"] is None else f"{row['kv_bytes'] / 2**20:.1f}, {row['kv_bytes'] / row['teacher_kv_bytes']:.3f}",
+                ]
+            )  # fmt: skip
+    header = [
+        "tokens",
+        "attention",
+        "trained on",
+        "density",
+        "ppl",
+        "ratio",
+        "over source, same tokens",
+        "KL",
+        "agreement",
+        "pass-key",
+        "by third",
+        "KV MiB, share",
+    ]
+    first = rows[0]
+    text = f"Perplexity, KL and agreement: the first tokens of the same {first['eval_tokens'] // first['length']} held-out documents, against the source. `uniform window`: one fixed window of that share for all heads at each length, sinks\n"
+    text += f"included, untrained. Pass-key: {first['passkey_trials']} prompts a length, right key first of ten (chance .10), keys at all depths; by third: those that lie early, in the middle, late. KV: bytes held\n"
+    return text + "after a prefill of that length, measured, and their share of the source's.\n\n" + table(header, body)
+
+
+def moa_goals(rows: list[dict[str, Any]]) -> str:
+    """What was aimed at and what came out, before and after training."""
+    uniform = {(row["length"], row["variant"].rpartition("-")[2]): row for row in rows if row["variant"].startswith("uniform-")}
+    body = []
+    for row in sorted((row for row in rows if row["variant"] in ("50", "25")), key=lambda r: (-int(r["variant"]), r["tokens"], r["length"])):
+        base = uniform.get((row["length"], row["variant"]))
+        line = [moa_names(row), "untrained" if row["tokens"] == 0 else f"{row['tokens'] / 1e6:.1f} M tokens", f"{row['length']:,}"]
+        if row["variant"] == "50":
+            body.append(
+                [
+                    *line,
+                    "perplexity over the source's",
+                    number(row["ppl_ratio"], 4),
+                    f"{MOA_PPL_GOAL:.2f} at most",
+                    "met" if row["ppl_ratio"] <= MOA_PPL_GOAL else "missed",
+                ]
+            )
+            if base is not None:
+                closed = 1 - row["kl"] / base["kl"]
+                body.append(
+                    [
+                        *line,
+                        "share of the uniform window's KL that is gone",
+                        number(closed, 2),
+                        f"{MOA_KL_GOAL} at least",
+                        "met" if closed >= MOA_KL_GOAL else "missed",
+                    ]
+                )
+        elif base is not None and row["passkey"] is not None and base["passkey"]:
+            times = row["passkey"] / base["passkey"]
+            reached = "met" if times >= MOA_RECALL_GOAL else "missed"
+            if MOA_RECALL_GOAL * base["passkey"] > row["teacher_passkey"]:
+                reached += f" (the source itself has {row['teacher_passkey'] / base['passkey']:.2f} times)"
+            body.append([*line, "pass-key recall over the uniform window's", number(times, 2), f"{MOA_RECALL_GOAL:g} at least", reached])
+    return "" if not body else "What was aimed at:\n\n" + table(["", "", "tokens", "figure", "value", "goal", ""], body) + "\n"
+
+
+def moa_search(variant: str, search: dict[str, Any]) -> str:
+    """One paragraph about how a plan was found."""
+    chosen = search["front"][search["chosen"]]
+    kept = ", ".join(f"{share:.1%} at {int(length):,}" for length, share in chosen["densities"].items())
+    length = search["validation_length"]
+    return (
+        f"Search for {variant} %: {search['num_rules']} rules, {search['num_samples']} contexts a length; of {len(search['front'])} plans the one that keeps {kept} did best at {length:,} tokens:\n"
+        f"{chosen['validation_loss'] - search['dense_losses'][str(length)]:+.4f} nats a scored token over the model with all keys, before any training. Seconds: {', '.join(f'{name} {took:.0f}' for name, took in search['seconds'].items())}.\n\n"
+    )
 
 
 def memory() -> str:
@@ -372,6 +499,7 @@ RIVAL_NAMES = {
     "flash": "softmax, FlashAttention-2",
     "fa3": "softmax, FlashAttention-3",
     "compiled": "the PyTorch operator, compiled",
+    "flex": "FlexAttention, same mask",
 }
 
 
@@ -480,12 +608,22 @@ def kernel_rivals(found: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
 
 
 def generation() -> str:
-    """Whole models: prefill, decode, largest batch, and 1024 tokens at the best batch."""
-    found = load("generate*.json")
+    """Whole models, a section for each recipe they were converted by, changes to it included."""
+    recipes: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for meta, row in load("generate*.json"):
+        words = meta["command"].split()
+        given = {option: [value for word, value in pairwise(words) if word == option] for option in ("--recipe", "--set")}
+        recipe = f"`{(given['--recipe'] or ['hedgehog'])[-1]}`" + "".join(f", `{change}`" for change in given["--set"])
+        recipes.setdefault(recipe, []).append((meta, row))
+    return "".join(whole_models(recipe, found) for recipe, found in sorted(recipes.items()))
+
+
+def whole_models(recipe: str, found: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """Prefill, decode, largest batch, and 1024 tokens at the best batch."""
     done = [row for _, row in found if "tokens_per_second" in row]
     if not done:
         return ""
-    text = "## Whole models\nRandom weights, bf16, every layer converted with the recipe `hedgehog` or every layer softmax. Decode replays one CUDA graph of the model's own forward, for\nboth; the softmax model attends to a full static cache without a mask. Tokens a second; memory is the peak with one model's weights.\n\n"
+    text = f"### Recipe {recipe}\n"
     body = []
     for row in done:
         if row["attention"] != "dense" or row["name"] == "generate.based":
@@ -509,41 +647,144 @@ def generation() -> str:
             body.append([model, *(f"{r['tokens_per_second']:,.0f} (batch {r['B']})" for r in (dense, converted)), ratio])
     if body:
         first = next(r for r in done if r["name"] == "generate.based")
-        text += f"### {first['new_tokens']} new tokens after {first['prompt']}, each at its best batch\nTokens a second. BASED (arXiv 2402.18668) reports 24 times FlashAttention-2 in this setting, for its own model of 1.3 B parameters.\n\n"
+        text += f"{first['new_tokens']} new tokens after {first['prompt']}, tokens a second at the batch up to which they rise by 3 % or more, 2048 at most. BASED (arXiv 2402.18668) reports\n24 times FlashAttention-2 in this setting, for its own model of 1.3 B parameters.\n\n"
         text += table(["model", "softmax", "ours", "ratio"], body) + "\n"
     notes = dict.fromkeys(
         f"{r['model']}, {r['attention']}, {r['name'].partition('.')[2]}{' T=' + str(r['T']) if 'T' in r else ''}{' B=' + str(r['B']) if 'B' in r else ''}: {r['note']}"
         for _, r in found
         if r.get("note")
     )
-    return text + ("Remarks:\n" + "".join(f"- {note}\n" for note in notes) + "\n" if notes else "") + f"{where(found[0][0])}\n"
+    return text + ("Remarks:\n" + "".join(f"- {note}\n" for note in notes) + "\n" if notes else "") + f"{where(found[0][0])}\n\n"
 
 
-def plot_kernels(path: Path) -> bool:
-    """Time against length, batch 1; False when there is nothing to draw."""
+SPAN_ROWS = {"span.forward": "forward", "span.forward_backward": "forward + backward"}
+SPAN_GOAL = 1.8
+"""Times the floor, at most; forward."""
+
+
+def span_figures() -> str:
+    """The block of docs/kernels.md about attention spans."""
+    found = load("span_h100.json")
+    rows = [r for _, r in found if r["B"] == 1 and r["H"] == r["G"] and r["form"] == "windows"]
+    picture = plot_kernels(ROOT / "docs" / "results" / "spans.png", rows, SPAN_ROWS, "ours, windows of 512 to 4,096")
+    return ("![Time against length: attention spans, their floor and the rivals](results/spans.png)\n\n" if picture else "") + span_speed(found) + span_decode()
+
+
+def windows(rules: list[dict[str, float]]) -> str:
+    """The windows of a benchmark's heads, N for the tokens so far."""
+    return ", ".join(f"{r['alpha']:,}" if r["beta"] == 0 else f"{r['beta']:g} N" + (f" {r['alpha']:+,}" if r["alpha"] else "") for r in rules)
+
+
+def span_speed(found: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """Whole sequences: floor, goal, dense attention and FlexAttention with the same mask."""
+    ours = [row for _, row in found if row["impl"] == "triton"]
+    if not ours:
+        return ""
+    meta = found[0][0]
+    ceilings = meta["ceilings"]
+    first = ours[0]
+    text = f"Measured in that run: copy {ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 matrix product {ceilings['gemm_flop_per_s'] / 1e12:.0f} TFLOP/s. The floor is the larger of what the products of the visible pairs and what inputs and\n"
+    text += f"outputs take at these rates. Batch {first['B']}, head_dim {first['D']}, {first['num_sinks']} sinks, the rules spread evenly over the KV heads (N: tokens so far), times in ms. Rivals: dense causal attention (cuDNN), and\nFlexAttention with the same mask, compiled for each shape; `x` is how many times faster ours is. Goal: forward within {SPAN_GOAL} x the floor.\n\n"
+    key = ("name", "B", "T", "H", "G", "D")
+    for name, title in SPAN_ROWS.items():
+        body = []
+        for r in sorted((r for r in ours if r["name"] == name), key=lambda r: (r["form"] != "windows", r["H"] // r["G"], r["T"])):
+            dense = next(
+                (other["ms"] for _, other in found if other["impl"] == "cudnn" and all(other[x] == r[x] for x in key)), None
+            )  # it knows of no spans: one time for all
+            line = [windows(r["rules"]), f"{r['H']} / {r['G']}", f"{r['T']:,}"]
+            if r["ms"] is None:
+                body.append([*line, "-", milliseconds(r["floor_ms"]), r.get("note", "-"), "-", "-", "-"])
+                continue
+            cells = [f"{milliseconds(other)}, {other / r['ms']:.2f} x" if other is not None else "-" for other in (dense, r["rivals"].get("flex"))]
+            ratio = r["ms"] / r["floor_ms"]
+            goal = ["met" if ratio <= SPAN_GOAL else "missed"] if name == "span.forward" else []
+            body.append([*line, milliseconds(r["ms"]), milliseconds(r["floor_ms"]), number(ratio, 2), *cells, *goal])
+        if body:
+            header = [
+                "windows",
+                "heads / KV heads",
+                "tokens",
+                "ms",
+                "floor",
+                "x floor",
+                "dense, cuDNN",
+                "FlexAttention",
+                *(["goal"] if name == "span.forward" else []),
+            ]
+            text += f"### Spans, {title}\n{table(header, [line[: len(header)] for line in body])}\n"
+    body = []
+    for T in sorted({r["T"] for r in ours}):
+        for r in (r for r in ours if r["T"] == T and r["name"] == "span.forward_backward" and r["form"] == "windows" and r["ms"] is not None):
+            dense = next(
+                (other["bytes_peak"] for _, other in found if other["impl"] == "cudnn" and other["ms"] is not None and all(other[x] == r[x] for x in key)), None
+            )
+            body.append([f"{r['H']} / {r['G']}", f"{T:,}", f"{r['bytes_peak'] / 2**20:,.0f}", "-" if dense is None else f"{dense / 2**20:,.0f}"])
+    if body:
+        text += f"### Spans, memory of forward + backward above its inputs, MiB\n{table(['heads / KV heads', 'tokens', 'ours', 'dense, cuDNN'], body)}\n"
+    missing = dict.fromkeys(
+        f"{RIVAL_NAMES.get(r['impl'], r['impl'])}, {SPAN_ROWS[r['name']]}, {r['form']}, T={r['T']} heads {r['H']}/{r['G']}: {r['note']}"
+        for _, r in found
+        if r["ms"] is None and r["impl"] != "triton"
+    )
+    return text + ("Not measured:\n" + "".join(f"- {line}\n" for line in missing) + "\n" if missing else "") + f"{where(meta)}\n\n"
+
+
+def span_decode() -> str:
+    """One step over a ragged cache, beside dense attention over a full one."""
+    found = load("span_decode*.json")
+    ours = [row for _, row in found if row["impl"] == "triton" and row["ms"] is not None]
+    if not ours:
+        return ""
+    body = []
+    for r in sorted(ours, key=lambda r: (r["H"] // r["G"], r["B"])):
+        dense = [
+            other
+            for _, other in found
+            if other["impl"] != "triton" and other["ms"] is not None and all(other[x] == r[x] for x in ("B", "H", "G", "D", "context"))
+        ]
+        best = min(dense, key=lambda other: other["ms"], default=None)
+        body.append(
+            [
+                f"{r['H']} / {r['G']}", str(r["B"]), milliseconds(r["ms"]), milliseconds(r["floor_ms"]), number(r["ms"] / r["floor_ms"], 2), f"{r['cache_bytes'] / 2**20:,.0f}",
+                *(("-",) * 3 if best is None else (f"{best['impl']} {milliseconds(best['ms'])}", f"{best['cache_bytes'] / 2**20:,.0f}", number(best["ms"] / r["ms"], 2))),
+            ]
+        )  # fmt: skip
+    first = ours[0]
+    sizes = ", ".join(f"{size:,}" for size in dict.fromkeys(first["windows"]))
+    text = f"### Spans, decode step\nContext {first['context']:,} for everybody; windows of {sizes} and {first['num_sinks']} sinks, a quarter of the KV heads each; a CUDA graph of steps over caches that exceed the L2 cache together. Ours writes the\nnew key and value, dense attention (the faster of SDPA's `flash` and `cudnn`) only reads.\n\n"
+    text += table(["heads / KV heads", "batch", "ms", "floor", "x floor", "cache MiB", "dense", "its cache MiB", "times faster"], body)
+    return text + f"\n{where(found[0][0])}\n\n"
+
+
+def plot_kernels(path: Path, rows: list[dict[str, Any]], names: dict[str, str], ours_label: str) -> bool:
+    """Time against length, one panel per name; False when there is nothing to draw.
+
+    Args:
+        path: of the PNG.
+        rows: measured rows of one shape: ours, whose `impl` is `triton`, and the rivals'.
+        names: `name` of the rows of a panel -> its title.
+        ours_label: legend of ours.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [
-        r
-        for _, r in load("kernels_linear*.json")
-        if r["B"] == 1 and r["D"] == 128 and r["H"] == r["G"] and r["ms"] is not None and r["form"] in (None, "published")
-    ]
-    names = [name for name in ("linear.forward", "linear.forward_backward") if len({r["T"] for r in rows if r["name"] == name}) > 1]
+    rows = [r for r in rows if r["ms"] is not None]
+    names = {name: title for name, title in names.items() if len({r["T"] for r in rows if r["name"] == name}) > 1}
     if not names:
         return False
     figure, axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
+    for axis, (name, title) in zip(axes[0], names.items(), strict=True):
         here = [r for r in rows if r["name"] == name]
         for impl in dict.fromkeys(r["impl"] for r in here):
             points = sorted((r["T"], r["ms"]) for r in here if r["impl"] == impl)
             ours = impl == "triton"
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=2.5 if ours else 1.2, label="ours, as published" if ours else RIVAL_NAMES.get(impl, impl), zorder=3 if ours else 2)  # fmt: skip
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=2.5 if ours else 1.2, label=ours_label if ours else RIVAL_NAMES.get(impl, impl), zorder=3 if ours else 2)  # fmt: skip
         floors = sorted({(r["T"], r["floor_ms"]) for r in here if r["impl"] == "triton"})
         axis.plot(*zip(*floors, strict=True), linestyle=":", color="black", label="floor")
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=KERNEL_ROWS[name])
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=title)
         lengths = sorted({r["T"] for r in here})
         axis.set_xticks(lengths, [f"{T // 1024}k" for T in lengths], minor=False)
         axis.set_xticks([], minor=True)
@@ -556,30 +797,28 @@ def plot_kernels(path: Path) -> bool:
     return True
 
 
-def write_kernels() -> None:
-    """Fill the marked block of docs/kernels.md; without results it stays as it is."""
-    page = ROOT / "docs" / "kernels.md"
-    figures = kernel_speed() + kernel_profile() + generation()
-    if not figures:
-        return
-    picture = plot_kernels(ROOT / "docs" / "results" / "kernels.png")
+def linear_figures() -> str:
+    """The block of docs/kernels.md about the linear operator."""
+    rows = [r for _, r in load("kernels_linear*.json") if r["B"] == 1 and r["D"] == 128 and r["H"] == r["G"] and r["form"] in (None, "published")]
+    names = {name: title for name, title in KERNEL_ROWS.items() if name != "linear.decode"}
+    picture = plot_kernels(ROOT / "docs" / "results" / "kernels.png", rows, names, "ours, as published")
+    text = "![Time against length: our kernels, their floor and the rivals](results/kernels.png)\n\n" if picture else ""
+    return text + kernel_speed() + kernel_profile()
+
+
+def fill(page: Path, block: str, figures: str) -> None:
+    """Replace what stands between `<!-- BLOCK -->` and `<!-- /BLOCK -->`; without figures it stays as it is."""
     text = page.read_text()
-    begin, end = "<!-- figures -->\n", "<!-- /figures -->"
+    begin, end = f"<!-- {block} -->\n", f"<!-- /{block} -->"
     head, _, rest = text.partition(begin)
-    assert rest, "docs/kernels.md has no figures block"
-    figures = ("![Time against length: our kernels, their floor and the rivals](results/kernels.png)\n\n" if picture else "") + figures
-    page.write_text(head + begin + figures.rstrip() + "\n" + end + rest.partition(end)[2])
+    assert end in rest, f"{page.name} has no block {block}"
+    if figures:
+        page.write_text(head + begin + figures.rstrip() + "\n" + end + rest.partition(end)[2])
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    begin, end = "<!-- results -->\n", "<!-- /results -->"
-    head, _, rest = text.partition(begin)
-    assert rest, "README.md has no results block"
-    readme.write_text(head + begin + readme_table() + end + rest.partition(end)[2])
     page = (
-        "# Measured results\n\nGenerated by `python benchmarks/make_results.py` from `benchmarks/results/*.json`; negative results stay.\n\n"
+        "# Measured results\n\nGenerated by `python benchmarks/make_results.py` from `benchmarks/results/*.json`; negative results stay. Attention spans (MoA): [moa.md](moa.md);\nkernels and whole models: [kernels.md](kernels.md).\n\n"
         + smollm2()
         + limits()
         + one_command()
@@ -593,7 +832,12 @@ def main() -> None:
         + memory()
     )
     (ROOT / "docs" / "results.md").write_text(page.rstrip() + "\n")
-    write_kernels()
+    fill(ROOT / "README.md", "results", readme_table())
+    kernels = ROOT / "docs" / "kernels.md"
+    fill(kernels, "linear", linear_figures())
+    fill(kernels, "span", span_figures())
+    fill(kernels, "models", generation())
+    fill(ROOT / "docs" / "moa.md", "figures", moa())
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ FINE = ("passkey", "layer_errors", "curve", "data", "stages")  # in the file, no
 
 def settings(args: argparse.Namespace, variant: str, budget: int) -> list[str]:
     """Recipe overrides of a row. The source is prepared as if it lost heads, and then does not; it has nothing to learn in transfer."""
-    heads = [] if variant == SOURCE else [f"layers.0.config.kv_heads={variant.rpartition('-')[2].rpartition('/')[2]}"]
+    heads = [f"layers.0.config.kv_heads={1 if variant == SOURCE else variant.rpartition('-')[2].rpartition('/')[2]}"]
     transfer = 0 if variant == SOURCE else round(budget * TRANSFER_SHARE)
     return [
         *heads, f"stages.transfer.tokens={transfer}", f"stages.finetune.tokens={budget - transfer}", f"stages.transfer.length={args.length}",

@@ -316,6 +316,12 @@ def test_methods_shows_every_setting_with_its_default(capsys: Capture) -> None:
 # ---------------------------------------------------------------- plan, doctor, generate
 
 
+def test_methods_says_what_a_list_holds(capsys: Capture) -> None:
+    options = {option["key"]: option["values"] for option in json.loads(run(capsys, "methods", "moa", "--json")[1])[0]["options"]}
+    assert options["search.candidates"] == "[[integer, number], ...] | null"
+    assert options["betas"] == "number | [number, ...] | null"
+
+
 def test_plan_shows_layers_and_cost_and_writes_nothing(capsys: Capture) -> None:
     code, out, _ = run(capsys, "plan", "demo", "--recipe", "hedgehog")
     assert code == 0

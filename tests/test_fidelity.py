@@ -18,6 +18,7 @@ from scipy.stats import spearmanr
 from attnconvert import embedded
 from attnconvert.convert import fidelity
 from attnconvert.convert.fidelity import DEFAULT_PROMPTS, attention_fidelity, draw_maps, read_weights, side_by_side
+from attnconvert.convert.report import not_compared
 from attnconvert.distill.data import PackedRows
 from attnconvert.errors import AttnConvertError
 from attnconvert.surgery import registry
@@ -100,6 +101,23 @@ def test_the_exact_window_is_where_a_layer_without_linear_branch_has_weight(tiny
     exact = fidelity._windows(student)[0].exact(start)
     assert torch.equal((weights > 0).all(0), visible & exact)
     assert not torch.equal(visible, visible & exact), "the window must leave something out"
+
+
+def test_attention_spans_are_compared_where_they_leave_something_out(tiny_llama: Any) -> None:
+    layers = measure(convert(tiny_llama, "moa", alphas=(6, 0), betas=(0, 1), num_sinks=2), packed(document=None))
+    assert layers["unreached"] == []
+    for layer in layers["layers"]:
+        errors, monotonicity = ([head[name] for head in layer["heads"]] for name in ("output_error", "monotonicity"))
+        assert min(errors[:2]) > 1e-3  # query heads of the first KV head
+        assert max(errors[2:]) < 1e-9
+        assert monotonicity == [None] * 4  # keys outside of a span have no order
+
+
+def test_attention_spans_longer_than_a_row_are_left_out_with_a_sentence(tiny_llama: Any) -> None:
+    assert measure(convert(tiny_llama, "moa", alphas=43, betas=0, num_sinks=1), packed())["unreached"] == []  # the last query misses one key
+    found = measure(convert(tiny_llama, "moa", alphas=43, betas=0, num_sinks=2), packed())
+    assert (found["layers"], found["maps"], found["unreached"]) == ([], [], [0, 1, 2])
+    assert not_compared(found) == ["Not compared, because their spans are longer than the 45 tokens of a row, so nothing is left out there: layers 0-2."]
 
 
 def test_figures_equal_their_definitions(tiny_llama: Any) -> None:

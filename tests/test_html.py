@@ -418,6 +418,37 @@ def test_layers_whose_attention_could_not_be_compared_are_named() -> None:
     assert sentence in render_markdown(EvalReport.from_dict(document["evaluation"]), document["conversion"])
 
 
+def document_with_spans() -> dict[str, Any]:
+    document = full_document(num_layers=2, num_heads=4)
+    for row in document["conversion"]["plan"]["layers"]:
+        row.update(method="moa", config={"alphas": [64, 0, -32], "betas": [0.0, 1.0, 0.5], "num_sinks": 4, "min_length": 128})
+    plan = {"rules": {"0": [[64, 0.0]]}, "losses": {"128": 0.1, "256": 0.1}, "densities": {"128": 0.7, "256": 0.5}, "validation_loss": 1.2}
+    document["conversion"]["search"] = {
+        "chosen": 0, "front": [plan], "density": 0.5, "num_rules": 40, "validation_length": 384, "dense_losses": {"384": 1.1}, "num_samples": 4,
+        "notes": [], "seconds": {"samples": 3.0},
+    }  # fmt: skip
+    return document
+
+
+def test_attention_spans_are_a_table_of_shares_at_the_longest_length_that_was_searched() -> None:
+    page = render_html(document_with_spans())
+    assert "keys that each KV head keeps after 256 tokens, in % (mean 55%)" in page
+    assert [int(share) for share in re.findall(r'title="layer 1, KV head \d: (\d+)%', page)] == [27, 100, 39]
+    assert "KV head" not in render_html(full_document(num_layers=2))
+
+
+def test_any_part_of_the_attention_spans_may_be_missing() -> None:
+    text = json.dumps(document_with_spans())
+    for path in (("search", "front"), ("search", "front", 0, "densities"), *(("plan", "layers", 0, "config", key) for key in ("alphas", "betas", "num_sinks"))):
+        for value in (None, "x"):
+            document = json.loads(text)
+            parent = document["conversion"]
+            for key in path[:-1]:
+                parent = parent[key]
+            parent[path[-1]] = value
+            assert "<h1>" in render_html(document), path
+
+
 def test_any_single_key_may_be_missing_or_null() -> None:
     """Old reports and interrupted measurements lack keys, at every depth."""
     document = full_document(num_layers=4, num_heads=2)

@@ -320,7 +320,7 @@ def test_a_checkpoint_writes_the_same_text_in_a_process_without_attnconvert(tmp_
         ({"num_sinks": -1}, "greater than or equal to 0"),
         ({"search": {"lengths": (4096, 2048)}}, "ascending"),
         ({"search": {"lengths": ()}}, "at least 1 item"),
-        ({"search": {"lengths": (64,)}}, "a response of 128 tokens leaves nothing"),
+        ({"search": {"lengths": (32,)}}, "a response of 32 tokens leaves nothing"),
         ({"search": {"betas": (0.5, -0.1)}}, "beta -0.1"),
         ({"search": {"candidates": ((256, 0.0),), "alphas": (1,)}}, "leave out alphas"),
         ({"search": {"candidates": ((256, 0.0), (256, 0.0))}}, "same rule twice"),

@@ -20,16 +20,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attnconvert.convert.load import load_tokenizer, resolve
-from attnconvert.convert.sparsify import SpanMap, draw_heat_map, mean_response_loss, render_heat_map, search_spans, span_heat_map
+from attnconvert.convert.sparsify import SpanMap, draw_heat_map, expected_losses, render_heat_map, search_spans, span_heat_map
 from attnconvert.distill.config import DataConfig
 from attnconvert.errors import AttnConvertError
 from attnconvert.kernels.span.reference import visible
 from attnconvert.surgery.methods.moa import MoaConfig
 from attnconvert.surgery.plan import ConversionPlan, LayerPlan
 from attnconvert.surgery.sites import Site, find_sites
-from attnconvert.surgery.spans.influence import add_influence, profile, response_loss
+from attnconvert.surgery.spans.influence import add_costs, profile, response_logits
 from attnconvert.surgery.spans.planfile import read_plan, write_plan
-from attnconvert.surgery.spans.rules import DENSE, Rule, density, held_below, hidden_shares, masked_share, predicted_losses, search_space, visible_pairs
+from attnconvert.surgery.spans.rules import DENSE, Rule, density, held_below, search_space
 from attnconvert.surgery.spans.solve import Problem, _Allocations, _results_alone_on_stdout, best_plan, pareto
 from attnconvert.surgery.spans.stock import attention_through, with_spans
 
@@ -62,31 +62,12 @@ def test_the_default_rules_are_the_published_grid() -> None:
 
 def test_rules_that_the_kernels_cannot_tell_apart_are_one() -> None:
     assert search_space((64,), candidates=((8, 0.5), (8, 0.5 + 1e-7), (0, 1.0))) == (held_below(0, 1.0, 0), held_below(8, 0.5, 0))
-    assert search_space((100, 200), alphas=(50, 50, 300, -40), betas=(0.0, 0.25)) == (Rule(50, 0.0), Rule(50, 0.25))
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("num_sinks", [0, 3, 11])
-def test_every_visible_pair_is_counted_once(rule: Rule, num_sinks: int) -> None:
-    length, block = 37, 8
-    mask = torch.zeros(40, 40, dtype=torch.int64)
-    mask[:length, :length] = shown(rule, length, num_sinks)
-    assert torch.equal(visible_pairs(rule, length, num_sinks, block), mask.reshape(5, 8, 5, 8).sum((1, 3)))
+    assert search_space((100, 200), alphas=(50, 50, 300, -40), betas=(0.0, 0.25)) == (held_below(50, 0.0, 0), held_below(50, 0.25, 0))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_density_is_what_the_last_query_sees(rule: Rule) -> None:
     assert density(rule, 50, 4) == int(shown(rule, 50, 4)[-1].sum()) / 50
-
-
-def test_a_predicted_loss_is_the_influence_that_is_hidden() -> None:
-    generator = torch.Generator().manual_seed(0)
-    influence = torch.rand(2, 24, 24, generator=generator).tril()
-    losses = predicted_losses(influence, hidden_shares(RULES, 24, 2, block=1))
-    for number, rule in enumerate(RULES):
-        torch.testing.assert_close(losses[:, number], (influence.double() * ~shown(rule, 24, 2)).sum((1, 2)))
-    assert losses[:, 0].tolist() == [0, 0]
-    assert masked_share(Rule(1, 0.0), 24, 0, 12)[0, 0] == pytest.approx(1 - 12 / 78)
 
 
 # -------------------------------------------------------------------------------------------------------------- influence
@@ -106,82 +87,98 @@ def sample(length: int, response: int, vocab: int = 64, seed: int = 3) -> tuple[
     return ids, torch.arange(length) >= length - response
 
 
-def loss_with_less(model: Any, item: tuple[torch.Tensor, torch.Tensor], layer: int, head: int, i: int, j: int, share: float) -> float:
-    """Response loss with a share of A_ij of one head taken away and given to the rest of its row, by a dense map."""
-
-    def attend(idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        weights = (q @ k.transpose(-1, -2) * scaling).masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -torch.inf).softmax(-1)
-        if idx == layer:
-            row = weights[0, head, i].clone()
-            row[j] = 0
-            row = row / row.sum() if i else row
-            weights[0, head, i] += share * (row - weights[0, head, i])
-        return weights @ v
-
-    with torch.no_grad(), attention_through(model, {0, 1}, attend):
-        return float(response_loss(model, *item))
+def hidden_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, rule: Rule, num_sinks: int) -> torch.Tensor:
+    """Attention by a rule with a dense mask."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=shown(rule, q.shape[2], num_sinks), scale=scaling, enable_gqa=True)
 
 
-@pytest.mark.parametrize(("layer", "group", "i", "j"), [(0, 0, 0, 0), (0, 1, 5, 2), (0, 0, 8, 8), (1, 1, 8, 3), (1, 0, 9, 9)])
-def test_influence_is_the_first_order_effect_of_masking(layer: int, group: int, i: int, j: int) -> None:
-    model, item = double_llama(), sample(11, 4)
-    found = profile(model, find_sites(model.config), [item], block=1)
-    # Llama's norms compute in fp32, so smaller steps would measure rounding
-    step = 1e-2
-    effects = [loss_with_less(model, item, layer, 2 * group + r, i, j, step) - loss_with_less(model, item, layer, 2 * group + r, i, j, -step) for r in (0, 1)]
-    expected = sum(abs(effect) / (2 * step) for effect in effects)
-    assert expected > 5e-4
-    assert float(found.blocks[11][layer][group, i, j]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+def tensors(length: int = 37, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v and the gradient of the output."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v, d_out = (torch.randn(1, heads, length, 8, generator=generator, dtype=torch.float64).to(dtype) for heads in (4, 2, 2, 4))
+    return q, k, v, d_out
 
 
-def test_blocks_add_up_their_entries_and_samples_are_averaged() -> None:
-    model, items = double_llama(), [sample(11, 4), sample(11, 2, seed=8)]
-    sites = find_sites(model.config)
-    fine, coarse = (profile(model, sites, items, block=block) for block in (1, 4))
-    for idx in (0, 1):
-        padded = torch.nn.functional.pad(fine.blocks[11][idx], (0, 1, 0, 1)).unflatten(1, (3, 4)).unflatten(3, (3, 4)).sum((2, 4))
-        torch.testing.assert_close(coarse.blocks[11][idx], padded)
-    alone = [profile(model, sites, [item], block=4) for item in items]
-    torch.testing.assert_close(coarse.blocks[11][0], (alone[0].blocks[11][0] + alone[1].blocks[11][0]) / 2)
-    assert coarse.num_samples == {11: 2}
-    assert coarse.losses[11] == pytest.approx(sum(response_loss(model, *item).item() for item in items) / 2)
+@pytest.mark.parametrize("num_sinks", [0, 3, 50])
+@pytest.mark.parametrize("tile", [8, 64])
+def test_a_cost_is_half_the_square_of_what_a_row_loses_to_first_order(num_sinks: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnconvert.surgery.spans.influence._TILE", tile)
+    q, k, v, d_out = tensors()
+    total = torch.zeros(2, len(RULES), dtype=torch.float64)
+    add_costs(q, k, v, d_out, 0.7, total, RULES, num_sinks)
+    dense = hidden_keys(q, k, v, 0.7, DENSE, 0)
+    for number, rule in enumerate(RULES):
+        effects = (d_out * (hidden_keys(q, k, v, 0.7, rule, num_sinks) - dense)).unflatten(1, (2, 2)).sum((2, 4))  # [1, G, T]
+        torch.testing.assert_close(total[:, number], effects.square().sum((0, 2)) / 2)
+
+
+def test_a_cost_is_the_divergence_of_the_predictions() -> None:
+    # Where one row alone counts, nothing is left out but higher orders: those of a small step are small.
+    model, item, step = double_llama(), sample(11, 1), 0.02
+    rule, sinks = Rule(4, 0.0), 1
+    found = profile(model, find_sites(model.config), [item] * 400, [rule], dict.fromkeys(range(2), sinks))
+
+    def blend(group: int | None) -> Any:
+        def attend(idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+            out = hidden_keys(q, k, v, scaling, DENSE, 0)
+            if idx == 1 and group is not None:
+                heads = slice(2 * group, 2 * group + 2)
+                out[:, heads] += step * (hidden_keys(q, k, v, scaling, rule, sinks) - out)[:, heads]
+            return out
+
+        with torch.no_grad(), attention_through(model, {0, 1}, attend):
+            return response_logits(model, *item).log_softmax(-1)
+
+    dense = blend(None)
+    for group in (0, 1):
+        divergence = float((dense.exp() * (dense - blend(group))).sum())
+        assert divergence > 0
+        assert float(found.costs[11][1][group, 0]) == pytest.approx(divergence / step**2, rel=0.3)
+    assert found.losses[11] == pytest.approx(float(-(dense.exp() * dense).sum()))
+
+
+def test_samples_of_a_length_are_averaged() -> None:
+    model, items = double_llama(), [sample(11, 4), sample(11, 2, seed=8), sample(9, 2)]
+    sites, sinks = find_sites(model.config), {0: 1, 1: 1}
+    both, first = (profile(model, sites, own, RULES, sinks) for own in (items, items[:1]))
+    assert both.num_samples == {11: 2, 9: 1}
+    assert set(both.costs) == set(both.losses) == {9, 11}
+    assert (2 * both.costs[11][0] >= first.costs[11][0]).all()  # the same tokens are drawn for the first
+    assert (2 * both.costs[11][0] > first.costs[11][0])[:, 2:].any()
+    assert both.costs[11][0][:, 0].tolist() == [0, 0]
 
 
 def test_the_profiled_attention_has_the_gradients_of_attention() -> None:
-    generator = torch.Generator().manual_seed(1)
-    q, d_out = (torch.randn(1, 4, 13, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    k, v = (torch.randn(1, 2, 13, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    q, k, v, d_out = tensors(13)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.7, enable_gqa=True).backward(d_out)
-    found = add_influence(q, k, v, d_out, 0.7, torch.zeros(2, 4, 4), 4)
+    found = add_costs(q, k, v, d_out, 0.7, torch.zeros(2, 1), [DENSE], 2)
     for leaf, gradient in zip(leaves, found, strict=True):
         torch.testing.assert_close(gradient, leaf.grad)
 
 
 def test_16_bit_models_are_profiled_in_fp32() -> None:
-    generator = torch.Generator().manual_seed(1)
-    tensors = [torch.randn(1, heads, 13, 8, generator=generator).bfloat16() for heads in (4, 2, 2, 4)]
-    narrow, wide = torch.zeros(2, 4, 4), torch.zeros(2, 4, 4)
-    gradients = add_influence(*tensors, 0.7, narrow, 4)
-    add_influence(*(x.float() for x in tensors), 0.7, wide, 4)
+    q, k, v, d_out = tensors(13, torch.bfloat16)
+    narrow, wide = torch.zeros(2, len(RULES)), torch.zeros(2, len(RULES))
+    gradients = add_costs(q, k, v, d_out, 0.7, narrow, RULES, 2)
+    add_costs(q.float(), k.float(), v.float(), d_out.float(), 0.7, wide, RULES, 2)
     assert torch.equal(narrow, wide)
     assert all(gradient.dtype == torch.bfloat16 for gradient in gradients)
 
 
-def test_a_row_that_one_key_takes_whole_stays_finite() -> None:
+def test_a_row_that_one_hidden_key_takes_whole_stays_finite() -> None:
     q = torch.full((1, 1, 6, 4), 30.0)
     k = torch.zeros(1, 1, 6, 4)
     k[:, :, 2] = 30.0  # from token 2 on, all weight goes there
-    total = torch.zeros(1, 6, 6)
-    add_influence(q, k, torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4), 1.0, total, 1)
+    total = torch.zeros(1, 1)
+    add_costs(q, k, torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4), 1.0, total, [Rule(1, 0.0)], 1)
     assert total.isfinite().all()
-    assert float(total[0, 5, 2]) > 0
 
 
-def test_no_attention_map_is_ever_whole() -> None:
+def test_no_attention_map_is_ever_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
-    length, block = 256, 16
+    length, tile = 256, 16
+    monkeypatch.setattr("attnconvert.surgery.spans.influence._TILE", tile)
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -192,8 +189,8 @@ def test_no_attention_map_is_ever_whole() -> None:
             return out
 
     with Watch():
-        profile(model, find_sites(model.config), [sample(length, 8)], block=block)
-    assert largest <= 4 * block * length  # H rows of a tile; a map would be H x T x T
+        profile(model, find_sites(model.config), [sample(length, 8)], RULES, dict.fromkeys(range(3), 2))
+    assert largest <= 4 * tile * (length + 1)  # H rows of a tile; a map would be H x T x T
 
 
 def test_a_profile_leaves_the_model_as_it_was_even_after_an_error() -> None:
@@ -202,10 +199,10 @@ def test_a_profile_leaves_the_model_as_it_was_even_after_an_error() -> None:
     model.lm_head.weight.requires_grad_(False)
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
     names = set(ALL_ATTENTION_FUNCTIONS)
-    sites = find_sites(model.config)
-    profile(model, sites, [sample(20, 4)])
+    sites, sinks = find_sites(model.config), dict.fromkeys(range(3), 2)
+    profile(model, sites, [sample(20, 4)], RULES, sinks)
     with pytest.raises(RuntimeError, match="stop"):
-        profile(model, sites, [sample(20, 4)], progress=lambda done, total: (_ for _ in ()).throw(RuntimeError("stop")))
+        profile(model, sites, [sample(20, 4)], RULES, sinks, progress=lambda done, total: (_ for _ in ()).throw(RuntimeError("stop")))
     assert {name: p.requires_grad for name, p in model.named_parameters()} == {name: flag for name, (flag, _) in before.items()}
     assert all(torch.equal(p, before[name][1]) and p.grad is None for name, p in model.named_parameters())
     assert all(module.training for module in model.modules())
@@ -218,20 +215,17 @@ def test_a_profile_leaves_the_model_as_it_was_even_after_an_error() -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "gpt_neox", "gpt2"])
 def test_every_family_is_profiled(name: str) -> None:
     model = make_model(name)
-    found = profile(model, find_sites(model.config), [sample(40, 6)], block=8)
+    found = profile(model, find_sites(model.config), [sample(40, 6)], [DENSE, Rule(8, 0.0), Rule(2, 0.0)], dict.fromkeys(range(3), 2))
     for idx in range(3):
-        blocks = found.blocks[40][idx]
-        assert torch.equal(blocks, blocks.tril())
-        assert (blocks[:, 4] > 0).all()  # the queries that write the response
-        # context queries reach the response through later layers alone
-        assert (blocks.diagonal(0, 1, 2)[:, :4] > 0).all() == (idx < 2)
-        assert (blocks[:, :4] == 0).all() == (idx == 2)
+        costs = found.costs[40][idx]
+        assert (costs[:, 0] == 0).all()
+        assert (costs[:, 1:] > 0).all()
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
 def test_layers_with_a_sliding_window_are_refused(name: str) -> None:
     model = make_model(name)
-    found = error_of(lambda: profile(model, find_sites(model.config), [sample(20, 4)]))
+    found = error_of(lambda: profile(model, find_sites(model.config), [sample(20, 4)], RULES, dict.fromkeys(range(3), 2)))
     assert found.code == "spans-not-possible"
     assert "sliding window of 8 tokens" in found.message
 
@@ -481,8 +475,17 @@ def test_plans_are_tried_with_the_rules_that_other_layers_have(searched: Any) ->
     assert made.from_cache
     sinks = dict.fromkeys(range(3), 4)
     rules = {0: (Rule(8, 0.25),) * 2, **found.chosen.rules}
-    assert mean_response_loss(model, made.items[432], rules, sinks) == pytest.approx(found.chosen.validation_loss)
-    assert mean_response_loss(model, made.items[432], {}, sinks) == pytest.approx(found.dense_losses[432])
+    dense, loss = expected_losses(model, made.items[432], [{}, rules], sinks)
+    assert dense == pytest.approx(found.dense_losses[432])
+    assert loss == pytest.approx(found.chosen.validation_loss)
+    assert loss > dense  # by the divergence
+
+
+def test_a_uniform_plan_is_tried_too(searched: Any) -> None:
+    *_, found, _ = searched
+    uniform = [plan for plan in found.front if len({rule for own in plan.rules.values() for rule in own}) == 1]
+    assert len(uniform) == 1
+    assert found.chosen.validation_loss <= uniform[0].validation_loss
 
 
 def test_layers_that_are_planned_together_share_their_settings(searched: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from attnconvert import embedded
-from attnconvert.convert.report import compact_settings, format_bytes, format_seconds, layer_map, markdown_table
+from attnconvert.convert.report import compact_settings, format_bytes, format_seconds, layer_map, markdown_table, spans_text
 from attnconvert.convert.save import FACTS_FILE
 from attnconvert.errors import AttnConvertError
 from attnconvert.surgery import registry
@@ -568,6 +568,8 @@ def _introduction(conversion: Mapping[str, Any], adapters_only: bool) -> str:
     what = f"the softmax attention of {share} {len(layers)} layers replaced by {methods}"
     if methods_of(conversion) == ["kdgqa"]:  # still softmax attention
         what = f"fewer key-value heads in {share} {len(layers)} layers ({methods})"
+    if methods_of(conversion) == ["moa"]:  # likewise
+        what = f"an attention span of its own for each key-value head in {share} {len(layers)} layers ({methods})"
     first = f"{base} with {what} and the model trained to behave as before, by attnconvert."
     if adapters_only:
         first += f" This repository holds only what the conversion added: low-rank adapters and the new attention's parameters. {base} is needed beside it."
@@ -759,6 +761,8 @@ def _recall_losses(evaluation: Mapping[str, Any]) -> list[str]:
                 f"Recall is lost: {kind}, {row['what']}: {_accuracy(row['student'])} against the original's {_accuracy(row['teacher'])} (chance 0.10)."
             )
     beyond = [row for _, row in rows if row["beyond"]]
+    if all(row.get("beyond_window") is None for kind in ("passkey", "needles") for row in evaluation.get(kind) or []):
+        return found  # there is no one window to be beyond of
     if not beyond:
         found.append("Recall was measured within the exact window only; how much is remembered beyond it is unknown.")
     elif not found:
@@ -775,7 +779,7 @@ def _lost(document: Mapping[str, Any]) -> str:
 
 def _what(conversion: Mapping[str, Any]) -> str:
     plan = conversion.get("plan")
-    return f"## What was converted\n\n{layer_map(plan)}" if plan else ""
+    return "\n\n".join(["## What was converted", layer_map(plan), *spans_text(plan, conversion.get("search"))]) if plan else ""
 
 
 def _speed(bench: Mapping[str, Any]) -> str:
@@ -804,7 +808,7 @@ def _speed(bench: Mapping[str, Any]) -> str:
 
 def _limits(conversion: Mapping[str, Any]) -> str:
     lines = [
-        "No assisted, speculative or prompt-lookup decoding: a recurrent state cannot be rolled back. transformers says so instead of running it.",
+        "No assisted, speculative or prompt-lookup decoding: converted attention forgets, so its cache cannot be rolled back. transformers says so instead of running it.",
         "No continuous batching (`generate_batch`) and no serving engine that replaces the attention function (vLLM, SGLang, TGI): use `generate()`; pad batches on the left.",
         "No static, offloaded or quantized cache; leave `attn_implementation` out when loading.",
         "What the base model does wrong it still does: biases, errors and the limits of its training data and context length are unchanged or worse.",

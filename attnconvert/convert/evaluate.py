@@ -333,7 +333,7 @@ def evaluate_models(
         seconds={key: round(value, 3) for key, value in seconds.items()},
         seed=seed,
         config=config.model_dump(mode="json"),
-        recurrent=_is_recurrent(student),
+        recurrent=_is_recurrent(student, window),
         positions=positions,
         needles=needles,
         mqar=mqar,
@@ -341,14 +341,16 @@ def evaluate_models(
     return report.with_findings()
 
 
-def _is_recurrent(student: PreTrainedModel) -> bool | None:
-    """Whether the plan promises a cache that stops growing; None without a plan, or where it cannot be told."""
+def _is_recurrent(student: PreTrainedModel, window: int | None) -> bool | None:
+    """Whether the plan promises a cache that stops growing after a few windows; None without a plan, or where it cannot be told."""
     plan = getattr(student.config, "attn_plan", None)
     if plan is None:
         return None
     for row in ConversionPlan.from_dict(plan).layers:
         if row.method is None:
             return False
+        if "alphas" in row.config and window is None:  # spans of several lengths: each head stops elsewhere, if at all
+            return None
         method = registry.get(row.method)
         site = Site(row.layer_idx, row.path, "", row.num_heads, row.num_key_value_heads, row.head_dim, scaling=1.0)
         try:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from attnconvert.convert.evaluate import eval_mode, json_safe
 from attnconvert.convert.generate import encode_prompt, generate_text
+from attnconvert.convert.report import kept_shares
 from attnconvert.errors import AttnConvertError
 from attnconvert.surgery.runtime.modeling import converted_sites
 from attnconvert.surgery.runtime.seam import AttentionCore, SeamInputs, softmax_attention
@@ -74,7 +75,7 @@ def read_weights(attend: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Window:
-    """Which keys a layer attends to exactly, from its row of the plan. `size` 0 = none."""
+    """Which keys a layer attends to exactly, from its row of the plan. `size` 0 = none; kind `spans` = all that it attends to at all."""
 
     size: int
     kind: str
@@ -84,7 +85,9 @@ class _Window:
         """Bool [T, T], query by key. start [T]: index of the first token of each query's document."""
         query = torch.arange(len(start), device=start.device)
         position = query - start
-        if self.size == 0:
+        if self.kind == "spans":
+            low = torch.zeros_like(position)
+        elif self.size == 0:
             low = position + 1
         elif self.kind == "block":
             low = (position // self.size - 1).clamp_min(0) * self.size
@@ -128,14 +131,16 @@ def attention_fidelity(
     - `kl`: KL(softmax row || student row), nats, mean over queries; student weights are clipped at 1e-9 and made to sum to one.
     - `entropy_teacher`, `entropy_student`: entropy of the rows, nats, mean over queries.
     - `monotonicity`: rank correlation of log weights over the keys outside the exact window and sinks (all keys where a layer has neither), mean over
-      queries with at least 8 such keys and weights that differ; None where there is no such query. 1 = the order of the keys is kept.
+      queries with at least 8 such keys and weights that differ; None where there is no such query, and for attention spans, which give no weight to
+      other keys. 1 = the order of the keys is kept.
 
     Args:
         student: the converted causal LM, on `device`.
         teacher: the model it was converted from, on `device`; only `softmax_drift` needs it.
         rows: held-out packed rows [N, T].
         device: where inputs are sent.
-        num_rows: rows to use, drawn without replacement. Their first 256 tokens are looked at, or 4 windows (at most 1024 tokens) where that is more.
+        num_rows: rows to use, drawn without replacement. Their first 256 tokens are looked at, or 4 windows (at most 1024 tokens) where that is more; of
+            attention spans the shortest counts.
         seed: of the draw.
         progress: told about each row.
         num_maps: how many of the heads with the largest KL get a picture; the head with the median KL is added.
@@ -144,7 +149,8 @@ def attention_fidelity(
         JSON (a figure that is not finite is None): `rows`, `tokens` in all, `row_tokens`, `layers` as above with `layer_idx` and `heads`; per layer also `softmax_drift`: relative squared
         distance of the layer's output with softmax attention everywhere between student and teacher (None without a teacher). `maps`: both weight
         matrices of the row with the fewest documents in at most 64 x 64 cells, the mean over a cell's queries of the sum over its keys, so rows sum to
-        one (3 digits are kept); `pick` says why the head is there, `largest` or `median`. `unreadable`: layers left out because their core is not linear in v.
+        one (3 digits are kept); `pick` says why the head is there, `largest` or `median`. `unreadable`: layers left out because their core is not linear in v;
+        `unreached`: layers left out because their attention spans leave nothing out in rows of `row_tokens`.
     """
     device = torch.device(device)
     num_rows = min(num_rows, rows.num_rows)
@@ -152,6 +158,8 @@ def attention_fidelity(
     windows = _windows(student)
     widest = max((window.size for window in windows.values()), default=0)
     length = min(rows.length, max(ROW_TOKENS, min(ROW_WINDOWS * widest, MAX_ROW_TOKENS)))
+    unreached = [row["layer_idx"] for row in student.config.attn_plan["layers"] if row["layer_idx"] in windows and _sees_all(row, length)]
+    windows = {idx: window for idx, window in windows.items() if idx not in unreached}
     chosen = np.random.default_rng(seed).choice(rows.num_rows, num_rows, replace=False)
     batch = rows.rows(sorted(int(row) for row in chosen))
     input_ids, position_ids = batch.input_ids[:, :length], batch.position_ids[:, :length]
@@ -163,7 +171,7 @@ def attention_fidelity(
 
     def tap(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs, y: Tensor) -> None:
         idx = idx_of[id(core)]
-        if idx not in unreadable and not _add(sums[idx], core, q, k, v, inputs, windows[idx]):
+        if idx in sums and idx not in unreadable and not _add(sums[idx], core, q, k, v, inputs, windows[idx]):
             unreadable.add(idx)
 
     with _softmax_and_tap(student, tap), torch.no_grad(), eval_mode([student] if teacher is None else [student, teacher]):
@@ -186,6 +194,7 @@ def attention_fidelity(
         "layers": layers,
         "maps": _pick_maps(layers, sums, num_maps),
         "unreadable": sorted(unreadable),
+        "unreached": unreached,
     }
     safe: dict[str, Any] = json_safe(result)
     return safe
@@ -193,12 +202,22 @@ def attention_fidelity(
 
 def _windows(student: Any) -> dict[int, _Window]:
     """The window of every converted layer, in model order."""
-    plan = {row["layer_idx"]: row["config"] for row in student.config.attn_plan["layers"]}
+    plan = {row["layer_idx"]: row for row in student.config.attn_plan["layers"]}
     windows = {}
     for idx, _, _ in converted_sites(student):
-        window = plan[idx].get("window") or {}
-        windows[idx] = _Window(int(window.get("size", 0)), str(window.get("kind", "sliding")), int(plan[idx].get("sinks", 0)))
+        config, shares = plan[idx]["config"], kept_shares(plan[idx], MAX_ROW_TOKENS)
+        if shares is not None:
+            windows[idx] = _Window(round(min(shares) * MAX_ROW_TOKENS), "spans", 0)
+            continue
+        window = config.get("window") or {}
+        windows[idx] = _Window(int(window.get("size", 0)), str(window.get("kind", "sliding")), int(config.get("sinks", 0)))
     return windows
+
+
+def _sees_all(row: Mapping[str, Any], length: int) -> bool:
+    """Whether a layer has attention spans, and all of them reach back to the beginning of a row of `length` tokens: a key that one query cannot see, no later one can."""
+    shares = kept_shares(row, length)
+    return shares is not None and min(shares) == 1
 
 
 @contextmanager

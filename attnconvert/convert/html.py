@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from attnconvert.convert.report import SPAN_LENGTHS, compact_settings, format_bytes, format_seconds, kept_shares, ranges, same_in_all_heads
+from attnconvert.convert.report import compact_settings, format_bytes, format_seconds, kept_shares, not_compared, ranges, same_in_all_heads, span_lengths
 from attnconvert.convert.svg import NUM_STYLES, Block, Mark, Series, layer_strip, line_chart, png_data_uri, scatter, swatch, token_label
 from attnconvert.convert.verdict import row_name
 from attnconvert.errors import AttnConvertError
@@ -558,8 +558,11 @@ def _converted(conversion: Mapping[str, Any]) -> str:
 
 def _spans(layers: Sequence[Row], search: Mapping[str, Any]) -> str:
     """What every KV head keeps, layers down and heads across, as a table whose cells are shaded; at the longest length that was searched."""
-    length = max((int(key) for key in _mapping(_mapping(search.get("dense_losses"))) if key != str(search.get("validation_length"))), default=SPAN_LENGTHS[-1])
-    rows = [(row, shares) for row in layers if row.get("method") is not None and (shares := kept_shares(row, length)) is not None]
+    try:
+        length = span_lengths(search)[-1]
+        rows = [(row, shares) for row in layers if row.get("method") is not None and (shares := kept_shares(row, length))]
+    except (AttributeError, KeyError, TypeError, ValueError):  # a report that lacks something shows the rest
+        return ""
     if not rows:
         return ""
     head = "".join(f'<th scope="col">{head}</th>' for head in range(max(len(shares) for _, shares in rows)))
@@ -567,9 +570,9 @@ def _spans(layers: Sequence[Row], search: Mapping[str, Any]) -> str:
     for row, shares in rows:
         cells = []
         for at, share in enumerate(shares):
-            tip = f"layer {row['layer_idx']}, KV head {at}: {share:.0%} of the keys after {length:,} tokens"
+            tip = f"layer {_text(row.get('layer_idx'))}, KV head {at}: {share:.0%} of the keys after {length:,} tokens"
             cells.append(f'<td{" class=on" if share > 0.85 else ""} style="--v:{share:.2f}" title="{escape(tip)}">{100 * share:.0f}</td>')
-        body.append(f'<tr><th scope="row">{escape(str(row["layer_idx"]))}</th>{"".join(cells)}</tr>')
+        body.append(f'<tr><th scope="row">{_text(row.get("layer_idx"))}</th>{"".join(cells)}</tr>')
     mean = sum(sum(shares) for _, shares in rows) / sum(len(shares) for _, shares in rows)
     caption = f"Attention spans: keys that each KV head keeps after {length:,} tokens, in % (mean {mean:.0%})"
     return (
@@ -902,7 +905,8 @@ def _mqar(evaluation: Mapping[str, Any], findings: Sequence[Row], styles: Mappin
 def _fidelity(evaluation: Mapping[str, Any], findings: Sequence[Row]) -> str:
     fidelity = _mapping(evaluation.get("fidelity"))
     layers, maps = _rows(fidelity, "layers"), _rows(fidelity, "maps")
-    if not layers and not maps:
+    left_out = not_compared(fidelity)
+    if not layers and not maps and not left_out:
         return ""
     boxes = []
     for key, title, unit in (
@@ -939,10 +943,7 @@ def _fidelity(evaluation: Mapping[str, Any], findings: Sequence[Row]) -> str:
     table = _table("Attention compared, by layer", columns, rows, levels=levels) if rows else ""
     seen = [f"{_whole(fidelity[key])} {key}" for key in ("rows", "tokens") if math.isfinite(_f(fidelity.get(key)))]
     text = "How close the new attention is to the original's when both see the same input" + (f" ({', '.join(seen)})" if seen else "") + "."
-    left_out = [str(idx) for idx in fidelity.get("unreadable") or () if isinstance(idx, int)]
-    if left_out:
-        text += f" Not compared, because their attention is not a weighted sum of values: layers {', '.join(left_out)}."
-    return _p(text) + _figures(boxes) + _details("Figures", table) + _maps(maps)
+    return _p(" ".join([text, *left_out])) + _figures(boxes) + _details("Figures", table) + _maps(maps)
 
 
 def _maps(maps: Sequence[Row]) -> str:
@@ -1109,6 +1110,11 @@ def _limits(conversion: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str
         items.append(
             f"A converted layer sees about the last {' or '.join(map(str, windows))} tokens (a block window up to twice that) and a few at the start, and nothing else. What lies "
             "further back reaches it only through the layers before it."
+        )
+    if any(config.get("alphas") is not None for config in settings):
+        items.append(
+            "Each KV head of a converted layer sees the first tokens and a window of its own, and nothing in between: a detail in the middle of a long text "
+            "reaches the answer only through the heads whose windows are long enough."
         )
     if _rows(evaluation, "quality"):
         items.append(

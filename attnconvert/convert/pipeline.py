@@ -161,10 +161,11 @@ def prepare(
     notes: list[str] = []
     source = resolve(model, revision=revision, trust_remote_code=trust_remote_code)
     loaded = load_recipe(recipe, overrides)
-    families = {registry.get(name).family for name in loaded.recipe.methods}
-    regroups = families <= {"regroup"}
+    regroups = all(registry.get(name).family == "regroup" for name in loaded.recipe.methods)
     if model == "demo" and source.name == "demo":
-        small = demo_overrides(families)
+        small = demo_overrides(
+            [("", {}) if rule.config is None else (registry.get(rule.method).family, rule.config.model_dump()) for rule in loaded.recipe.layers]
+        )
         notes.append(f"The embedded model uses a small budget unless you set another: {', '.join(small)}.")
         loaded = load_recipe(recipe, (*small, *overrides))
     if family is not None:
@@ -196,7 +197,7 @@ def prepare(
         check_architecture(config, [heads], plan.converted[0].config["query_heads"])
     if has_uneven_heads(plan):
         _check_uneven(plan, config)
-    _check_lengths(loaded, config, plan)
+    _check_lengths(loaded, config)
     plan, found = read_span_plans(plan, layer_settings(loaded.recipe, plan), sites)
     notes += found
     element_size = _SIZES[_config_dtype(config)]
@@ -241,7 +242,7 @@ def _check_family(loaded: LoadedRecipe, family: str) -> None:
         )
 
 
-def _check_lengths(loaded: LoadedRecipe, config: Any, plan: ConversionPlan) -> None:
+def _check_lengths(loaded: LoadedRecipe, config: Any) -> None:
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     recipe = loaded.recipe
     lengths = {
@@ -249,15 +250,19 @@ def _check_lengths(loaded: LoadedRecipe, config: Any, plan: ConversionPlan) -> N
         "stages.finetune.length": recipe.stages.finetune.length,
         "evaluate.length": recipe.evaluate.length,
     }
-    for settings in layer_settings(recipe, plan).values():
-        if isinstance(settings, MoaConfig) and needs_search(settings) and limit is not None and settings.search.lengths[-1] > limit:
-            raise AttnConvertError(
-                "length-too-long",
-                f"attention spans are searched in contexts of up to {settings.search.lengths[-1]} tokens, longer than the model's {limit} positions",
-                where="search.lengths",
-                expected=f"at most {limit} (max_position_embeddings)",
-                hint=f"`--set layers.0.config.search.lengths=[{limit // 4},{limit // 2},{limit}]`",
-            )
+    for number, rule in enumerate(recipe.layers):
+        if limit is None or not isinstance(rule.config, MoaConfig) or not needs_search(rule.config):
+            continue
+        search = rule.config.search
+        for name, length, fitting in (("lengths", search.lengths[-1], f"[{limit // 2},{limit}]"), ("validation_length", search.validation_length or 0, "null")):
+            if length > limit:
+                raise AttnConvertError(
+                    "length-too-long",
+                    f"attention spans are searched in contexts of up to {length} tokens, longer than the model's {limit} positions",
+                    where=f"layers.{number}.config.search.{name}",
+                    expected=f"at most {limit} (max_position_embeddings)",
+                    hint=f"`--set layers.{number}.config.search.{name}={fitting}`",
+                )
     for where, length in lengths.items():
         if limit is not None and length > limit:
             raise AttnConvertError(
@@ -365,8 +370,10 @@ def _run_folder(out: Path) -> Path:
     return out.with_name(out.name + ".run")
 
 
-def _has_checkpoint(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob("*.pt"))
+def _is_resumable(folder: Path) -> bool:
+    """Whether a run folder holds work that is worth going on with: a training checkpoint, or a search for attention spans."""
+    record = _read_record(folder / "run.json")
+    return any((folder / "checkpoints").glob("*.pt")) or (record is not None and record.search is not None)
 
 
 @contextlib.contextmanager
@@ -442,8 +449,8 @@ def run(prepared: Prepared, options: RunOptions, ui: RunUI) -> ConversionResult:
             report = _work(job, folder, tokenizer, texts)
             shutil.rmtree(folder, ignore_errors=True)
         except BaseException:
-            # A run without a checkpoint has nothing worth keeping, and would only stand in the way of the next try.
-            if not _has_checkpoint(folder) and job.record.search is None and job.record.status == "running":
+            # A run without such work would only stand in the way of the next try.
+            if not _is_resumable(folder) and job.record.status == "running":
                 shutil.rmtree(folder, ignore_errors=True)
                 for parent in created:
                     with contextlib.suppress(OSError):
@@ -518,7 +525,7 @@ def _check_start(prepared: Prepared, options: RunOptions, settings: Mapping[str,
                 expected="the model, recipe, dtype and seed of the interrupted run (micro_batch_size and evaluate may differ)",
                 hint="restore the settings, or start afresh with --overwrite instead of --resume",
             )
-    elif _has_checkpoint(folder) and not options.overwrite:
+    elif _is_resumable(folder) and not options.overwrite:
         what = "cannot be read" if options.resume else "was interrupted"
         raise AttnConvertError(
             "unfinished-run",
@@ -941,7 +948,7 @@ def _evaluate(job: _Job, tokenizer: Any, texts: _Texts) -> EvalReport:
             texts.eval,
             job.prepared.recipe.recipe.evaluate,
             device=job.device,
-            window=evaluation_window(job.prepared.plan),
+            window=evaluation_window(ConversionPlan.from_dict(cast(dict[str, Any], job.record.plan))),
             ablations=ablations,
             progress=job.ui.on_eval,
             seed=_seed(job.prepared, job.options),

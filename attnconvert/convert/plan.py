@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from attnconvert.convert.load import load_config, resolve
-from attnconvert.convert.report import compact_settings, describe_rules, format_bytes, format_seconds, ranges
+from attnconvert.convert.report import compact_settings, describe_rules, format_bytes, format_seconds, ranges, span_rules
 from attnconvert.errors import AttnConvertError, ErrorGroup
 from attnconvert.recipes.schema import SOFTMAX, Recipe, assign_rules, resolve_layers
 from attnconvert.surgery import registry
@@ -125,8 +125,8 @@ def with_span_rules(plan: ConversionPlan, rules: Mapping[int, Sequence[tuple[int
     return replace(plan, layers=tuple(map(decided, plan.layers)))
 
 
-def finished_plan(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[ConversionPlan, Any] | None:
-    """The plan and the config of a model that was converted before; None when it was not. Loads no weights.
+def finished_plan(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[ConversionPlan, Any]:
+    """The plan and the config of a model that was converted before and has the attention of its plan. Loads no weights.
 
     Args: as `pipeline.prepare`.
 
@@ -137,8 +137,7 @@ def finished_plan(model: str, *, revision: str | None = None, trust_remote_code:
 
     attnconvert.register()
     config = load_config(resolve(model, revision=revision, trust_remote_code=trust_remote_code))
-    stored = getattr(config, "attn_plan", None)
-    return None if stored is None else (ConversionPlan.from_dict(stored), config)
+    return ConversionPlan.from_dict(config.attn_plan), config
 
 
 def _with(row: LayerPlan, *, method: str | None = None, config: dict[str, Any] | None = None, reason: str = "") -> LayerPlan:
@@ -218,9 +217,12 @@ def _num_parameters(core: AttentionCore) -> int:
 
 
 def evaluation_window(plan: ConversionPlan) -> int | None:
-    """The largest softmax window of the plan in tokens, which sets the passkey distances; None when no layer has one."""
+    """The largest softmax window of the plan in tokens, which sets the passkey distances; None when no layer has one, and where attention spans differ or grow."""
     sizes = [int(row.config["window"]["size"]) for row in plan.converted if isinstance(row.config.get("window"), Mapping)]
-    return max((size for size in sizes if size > 0), default=None)
+    spans = {rule for row in plan.converted for rule in span_rules(asdict(row)) or ()}
+    if len(spans) > 1 or any(beta for _, beta in spans):
+        return None
+    return max((size for size in (*sizes, *(alpha for alpha, _ in spans)) if size > 0), default=None)
 
 
 # ---------------------------------------------------------------- what it costs
@@ -420,7 +422,10 @@ def describe_settings(row: LayerPlan) -> str:
     window, sinks, linear = rest.pop("window", None), rest.pop("sinks", None), rest.pop("linear", None)
     heads = rest.pop("num_key_value_heads", None) or rest.pop("kv_heads", None)
     if "alphas" in rest:
-        parts += [describe_rules(rest.pop("alphas"), rest.pop("betas")), f"{count} sinks" if (count := rest.pop("num_sinks")) else "no sinks"]
+        del rest["alphas"], rest["betas"]
+        parts += [describe_rules(span_rules(asdict(row))), f"{count} sinks" if (count := rest.pop("num_sinks")) else "no sinks"]
+        if not rest.get("min_length"):  # the rules hold from the first token on
+            rest.pop("min_length", None)
     if heads is not None:
         parts.append(f"{row.num_key_value_heads} -> {heads} KV heads")
     if isinstance(rest.get("query_heads"), int):
@@ -441,27 +446,26 @@ def describe_settings(row: LayerPlan) -> str:
     return ", ".join(parts)
 
 
-def render_plan(plan: ConversionPlan, estimate: Estimate) -> RenderableType:
-    """The plan as rich tables: consecutive layers of one kind in one row, then what it saves and what it costs."""
+def render_plan(plan: ConversionPlan, estimate: Estimate | None) -> RenderableType:
+    """The plan as rich tables: consecutive layers of one kind in one row, then what it saves and what it costs, unless that is past (None)."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    by_layer = {layer.layer_idx: layer for layer in estimate.layers}
+    by_layer = {} if estimate is None else {layer.layer_idx: layer for layer in estimate.layers}
     table = Table(title=f"Plan ({len(plan.layers)} layers, {plan.base_model_type})", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for column in ("layers", "method", "settings", f"cache at {estimate.length}"):
+    for column in ("layers", "method", "settings", *([] if estimate is None else [f"cache at {estimate.length}"])):
         table.add_column(column, justify="right" if column.startswith("cache") else "left", no_wrap=column != "settings")
     for run in _runs(plan.layers):
-        first, costs = run[0], [by_layer[row.layer_idx] for row in run]
-        before, after = sum(cost.state_bytes_before for cost in costs), sum(cost.state_bytes_after for cost in costs)
-        cells = (
-            ranges([row.layer_idx for row in run]),
-            first.method or SOFTMAX,
-            describe_settings(first) if first.method else f"kept: {first.reason}",
-            format_bytes(before) if first.method is None else f"{format_bytes(before)} -> {format_bytes(after)}",
-        )
+        first, costs = run[0], [by_layer[row.layer_idx] for row in run if row.layer_idx in by_layer]
+        cells = [ranges([row.layer_idx for row in run]), first.method or SOFTMAX, describe_settings(first) if first.method else f"kept: {first.reason}"]
+        if costs:
+            before, after = sum(cost.state_bytes_before for cost in costs), sum(cost.state_bytes_after for cost in costs)
+            cells.append(format_bytes(before) if first.method is None else f"{format_bytes(before)} -> {format_bytes(after)}")
         table.add_row(*(Text(cell) for cell in cells))
+    if estimate is None:
+        return table
     lines = [
         f"Cache of one sequence at {estimate.length} tokens: {format_bytes(estimate.total('state_bytes_before'))} -> {format_bytes(estimate.total('state_bytes_after'))}; "
         f"attention of the prefill: {estimate.total('flops_before'):.2g} -> {estimate.total('flops_after'):.2g} FLOPs; "
@@ -478,21 +482,6 @@ def render_plan(plan: ConversionPlan, estimate: Estimate) -> RenderableType:
         lines.append(f"{stage.stage}: {stage.tokens:,} tokens, {stage.flops:.1e} FLOPs, {format_bytes(stage.memory_bytes)} memory, {times}")
     lines += estimate.assumptions
     return Group(table, *(Text(line) for line in lines))
-
-
-def render_layers(plan: ConversionPlan) -> RenderableType:
-    """The plan of a finished conversion: consecutive layers of one kind in one row."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=f"Plan ({len(plan.layers)} layers, {plan.base_model_type})", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for column in ("layers", "method", "settings"):
-        table.add_column(column, no_wrap=column != "settings")
-    for run in _runs(plan.layers):
-        settings = describe_settings(run[0]) if run[0].method else f"kept: {run[0].reason}"
-        table.add_row(*(Text(cell) for cell in (ranges([row.layer_idx for row in run]), run[0].method or SOFTMAX, settings)))
-    return table
 
 
 def _runs(rows: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:

@@ -269,6 +269,7 @@ def evaluate_converted(
         "base_model_type": plan.base_model_type,
         "base_model_license": base_facts(record.teacher, revision=record.revision).license,
         "plan": plan.to_dict(),
+        "search": facts.get("search"),
         "stages": facts.get("stages", []),
         "data": facts.get("data"),
         "evaluation_data": held_out.description,

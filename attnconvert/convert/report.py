@@ -424,13 +424,13 @@ def spans_text(plan: Mapping[str, Any], search: Mapping[str, Any] | None) -> lis
         plan: ConversionPlan.to_dict().
         search: SpanSearch.to_dict(), or None where the rules were given.
     """
-    lengths = [int(length) for length in search["front"][0]["densities"]] if search else list(SPAN_LENGTHS)
+    lengths = span_lengths(search)
     rows = []
     for row in plan["layers"]:
         shares = [kept_shares(row, length) for length in lengths]
         if row["method"] is not None and shares[0] is not None:
             means = [f"{100 * sum(own) / len(own):.0f}" for own in shares if own is not None]
-            rows.append((str(row["layer_idx"]), *means, describe_rules(row["config"]["alphas"], row["config"]["betas"])))
+            rows.append((str(row["layer_idx"]), *means, describe_rules(span_rules(row))))
     if not rows:
         return []
     text = [
@@ -441,11 +441,17 @@ def spans_text(plan: Mapping[str, Any], search: Mapping[str, Any] | None) -> lis
         chosen, unseen = search["front"][search["chosen"]], str(search["validation_length"])
         kept = ", ".join(f"{float(share):.1%} at {int(length):,}" for length, share in chosen["densities"].items())
         text.append(
-            f"The rules were searched among {search['num_rules']} for a density of at most {float(search['density']):.0%} (all heads together {kept} tokens), by their effect on {search['num_samples']} answers "
-            f"per length that the model had given itself. Of {len(search['front'])} plans the one was taken whose answers are likeliest at {int(unseen):,} tokens, a length not looked at before: "
-            f"{float(chosen['validation_loss']):.3f} nats per token, with all keys {float(search['dense_losses'][unseen]):.3f}. The search took {format_seconds(sum(search['seconds'].values()))}."
+            f"The rules were searched among {search['num_rules']} for a density of at most {float(search['density']):.0%} (all heads together {kept} tokens), by how far each moves the "
+            f"model's predictions on {search['num_samples']} texts per length. Of {len(search['front'])} plans the one was taken that stays closest to the original at {int(unseen):,} tokens, a length "
+            f"not looked at before: {float(chosen['validation_loss']) - float(search['dense_losses'][unseen]):.4f} nats per token, before any training. The search took "
+            f"{format_seconds(sum(search['seconds'].values()))}."
         )
     return text
+
+
+def span_lengths(search: Mapping[str, Any] | None) -> list[int]:
+    """Tokens at which to say what attention spans keep, ascending: where the search measured, if there was one (SpanSearch.to_dict())."""
+    return [int(length) for length in search["front"][0]["densities"]] if search else list(SPAN_LENGTHS)
 
 
 def layer_map(plan: Mapping[str, Any]) -> str:
@@ -476,20 +482,28 @@ def layer_map(plan: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def describe_rules(alphas: Any, betas: Any) -> str:
-    """Rules of attention spans, those that several heads have once: `window 448`, `2 x all, 1 x 256 + 0.125 N`."""
-    if alphas is None:
+def span_rules(row: Mapping[str, Any]) -> list[tuple[int, float]] | None:
+    """The rule (alpha, beta) of every KV head, from a row of a plan; None for layers without attention spans, and before the rules are known."""
+    config, heads = row["config"], int(row["num_key_value_heads"])
+    if config.get("alphas") is None:
+        return None
+    alphas, betas = (list(x) if isinstance(x, list | tuple) else [x] * heads for x in (config["alphas"], config["betas"]))
+    return list(zip(alphas, betas, strict=True))
+
+
+def describe_rules(rules: Sequence[tuple[int, float]] | None) -> str:
+    """Rules of attention spans, those that several heads have once: `window 448`, `windows 2 x all, 1 x 0.125 N + 256`; None = not known yet."""
+    if rules is None:
         return "windows from calibration"
-    if not isinstance(alphas, Sequence):
-        return f"window {_describe_rule(alphas, betas)}"
-    counts = Counter(_describe_rule(alpha, beta) for alpha, beta in zip(alphas, betas, strict=True))
+    counts = Counter(_describe_rule(alpha, beta) for alpha, beta in rules)
     return f"window {next(iter(counts))}" if len(counts) == 1 else "windows " + ", ".join(f"{count} x {rule}" for rule, count in counts.most_common())
 
 
 def _describe_rule(alpha: int, beta: float) -> str:
     if beta == 1 and alpha >= 0:
         return "all"
-    return f"{alpha}" if not beta else f"{beta:g} N" + (f" {'+' if alpha > 0 else '-'} {abs(alpha)}" if alpha else "")
+    share = "N" if beta == 1 else f"{beta:g} N"
+    return f"{alpha}" if not beta else share + (f" {'+' if alpha > 0 else '-'} {abs(alpha)}" if alpha else "")
 
 
 def same_in_all_heads(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -499,13 +513,11 @@ def same_in_all_heads(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def kept_shares(row: Mapping[str, Any], length: int) -> list[float] | None:
     """Share of the keys that each KV head of a layer with attention spans holds after `length` tokens; None for other layers, and before the rules are known."""
-    config = row["config"]
-    if config.get("alphas") is None:
+    rules, config = span_rules(row), row["config"]
+    if rules is None:
         return None
-    heads = int(row["num_key_value_heads"])
-    alphas, betas = (list(x) if isinstance(x, list | tuple) else [x] * heads for x in (config["alphas"], config["betas"]))
     shares = []
-    for alpha, beta in zip(alphas, map(fixed_point, betas), strict=True):
+    for alpha, beta in ((alpha, fixed_point(beta)) for alpha, beta in rules):
         least = least_window(alpha, beta, config.get("min_length", 0))
         shares.append(visible_keys(length - 1, alpha, beta, config["num_sinks"], least) / length)
     return shares
@@ -609,17 +621,23 @@ def _mqar_section(report: EvalReport) -> str:
 
 
 def _fidelity_section(report: EvalReport) -> str:
-    table = _fidelity_rows(report)
-    if table is None:
+    if not report.fidelity:
         return ""
     text = (
         "Each converted layer against softmax attention on the same inputs: squared error of the output relative to its power; KL and entropy (nats) of the "
         "attention weights; rank correlation of the weights over the keys outside the exact window (1 = their order is kept)."
     )
-    left_out = (report.fidelity or {}).get("unreadable")
-    if left_out:
-        text += f" Not compared, because their attention is not a weighted sum of values: layers {', '.join(map(str, left_out))}."
-    return f"## Attention\n\n{text}\n\n{_content(table)}"
+    table = _fidelity_rows(report)
+    return "\n\n".join(["## Attention", " ".join([text, *not_compared(report.fidelity)]), *([] if table is None else [_content(table)])])
+
+
+def not_compared(fidelity: Mapping[str, Any]) -> list[str]:
+    """Sentences about the layers that `attention_fidelity` left out."""
+    reasons = {
+        "unreadable": "their attention is not a weighted sum of values",
+        "unreached": f"their spans are longer than the {fidelity.get('row_tokens')} tokens of a row, so nothing is left out there",
+    }
+    return [f"Not compared, because {why}: layers {ranges(layers)}." for key, why in reasons.items() if (layers := fidelity.get(key))]
 
 
 def _tasks_section(report: EvalReport) -> str:

@@ -464,22 +464,22 @@ def _plain_arithmetic(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _short_spans(model: Any, size: int) -> Iterator[None]:
-    """Inside, the fixed parts of all attention spans are at most `size` tokens, in the same proportions."""
+    """Inside, the fixed parts of all attention spans are at most `size` tokens, in the same proportions, and so many tokens are sinks at most."""
     cores: list[Any] = [module.core for _, _, module in converted_sites(model) if hasattr(module.core, "set_rules")]
-    rules = [(core.alphas, [beta / BETA_ONE for beta in core.betas], core.min_length) for core in cores]
+    rules = [(core.alphas, [beta / BETA_ONE for beta in core.betas], core.min_length, core.num_sinks) for core in cores]
     longest = max((abs(tokens) for core in cores for tokens in (*core.alphas, *core.leasts)), default=0)
 
     def shorter(tokens: int) -> int:
         return tokens if longest <= size else tokens * size // longest
 
     try:
-        for core, (alphas, betas, min_length) in zip(cores, rules, strict=True):
-            core.min_length = shorter(min_length)
+        for core, (alphas, betas, min_length, num_sinks) in zip(cores, rules, strict=True):
+            core.min_length, core.num_sinks = shorter(min_length), min(num_sinks, size)
             core.set_rules([shorter(alpha) for alpha in alphas], betas)
         yield
     finally:
-        for core, (alphas, betas, min_length) in zip(cores, rules, strict=True):
-            core.min_length = min_length
+        for core, (alphas, betas, min_length, num_sinks) in zip(cores, rules, strict=True):
+            core.min_length, core.num_sinks = min_length, num_sinks
             core.set_rules(alphas, betas)
 
 

@@ -1,8 +1,9 @@
 """Find attention spans by calibration: the whole search for a loaded model, and pictures of what a plan keeps.
 
-Samples with responses of the model's own (`distill/calibration.py`), the influence of every block of every head's attention map on the loss of those responses, plans that
-trade the lengths against each other (`surgery/spans`), and each plan tried on the stock model at a length that was not profiled: the one with
-the lowest response loss there is taken, since a prediction to first order ranks plans less well than trying them.
+Samples (`distill/calibration.py`), what every rule costs every KV head in predictions that move, plans that trade the lengths against each other
+(`surgery/spans`), and each plan tried on the stock model at a length that was not profiled: the one whose predictions there are closest to the dense
+model's is taken, since costs of single heads rank whole plans less well than trying them. The uniform window of the same density is tried too, so what is chosen is
+no worse than that.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from attnconvert.surgery.method import MethodConfig
     from attnconvert.surgery.plan import ConversionPlan
     from attnconvert.surgery.sites import Site
-    from attnconvert.surgery.spans import Rule, Solution
+    from attnconvert.surgery.spans import Problem, Rule, Solution
 
 Note = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -41,9 +42,10 @@ class SpanPlan:
 
     Attributes:
         rules: layer index -> one rule per KV head.
-        losses: profiled length -> predicted rise of the response loss, in nats; an upper bound to first order, good for ranking.
+        losses: profiled length -> predicted divergence from the dense model, nats per scored token; heads added up one by one, good for ranking.
         densities: profiled length -> share of the keys that are kept, mean over the heads of these layers.
-        validation_loss: response loss with these rules at the validation length, nats per token.
+        validation_loss: at the validation length, the expected loss of the tokens that the dense model would write, nats per scored token: what is above
+            the dense model's own is the divergence KL(dense || plan).
     """
 
     rules: Mapping[int, tuple[Rule, ...]]
@@ -67,11 +69,11 @@ class SpanSearch:
 
     Attributes:
         chosen: the plan with the lowest validation loss.
-        front: all plans that were tried, the one best at the longest length first; `chosen` is one of them.
+        front: all plans that were tried, the one predicted best at the longest length first, a uniform one last; `chosen` is one of them.
         density: the bound.
         num_rules: how many rules each head chose from.
         validation_length: tokens.
-        dense_losses: length -> response loss of the model as it is, the validation length included.
+        dense_losses: length -> that loss of the model as it is (the entropy of its predictions), the validation length included.
         num_samples: per length.
         notes: what else to know.
         seconds: phase -> wall-clock time.
@@ -139,7 +141,7 @@ def search_spans(
     import numpy as np
 
     from attnconvert.distill.calibration import make_calibration
-    from attnconvert.surgery.spans import Problem, check_sites, held_below, hidden_shares, pareto, predicted_losses, profile, search_space
+    from attnconvert.surgery.spans import Problem, check_sites, held_below, pareto, profile, search_space
     from attnconvert.surgery.spans import density as density_of
 
     searched = [site for site in sites if site.layer_idx in settings and needs_search(settings[site.layer_idx])]
@@ -156,6 +158,9 @@ def search_spans(
             expected=f"alpha + beta x length above 0 at {lengths[0]} tokens and at most {lengths[-1]} at {lengths[-1]}",
         )  # fmt: skip
     num_sinks = {idx: own.num_sinks for idx, own in settings.items()}
+    if config.candidates is None:  # what a plan has to beat: the density as it is, for all heads
+        same = {held_below(-num_sinks[site.layer_idx], first.density, min_length_of(first)) for site in searched}
+        rules = tuple(sorted({*rules, *(rule for rule in same if rule.alpha + rule.beta * lengths[0] > 0)}))
     explicit = {
         site.layer_idx: tuple(held_below(alpha, beta, min_length_of(settings[site.layer_idx])) for alpha, beta in own)
         for site in sites
@@ -180,14 +185,10 @@ def search_spans(
         say("calibration samples: as made before, from the cache")
     with _timed(seconds, "influence"):
         samples = [item for length in lengths for item in calibration.items[length]]
-        influence = profile(model, searched, samples, progress=report("influence"))
+        influence = profile(model, searched, samples, rules, num_sinks, seed=seed, progress=report("influence"))
     with _timed(seconds, "plans"):
         kinds = sorted(set(num_sinks.values()))
-        hidden = {(length, sinks): hidden_shares(rules, length, sinks) for length in lengths for sinks in kinds}
-        costs = tuple(
-            np.stack([predicted_losses(influence.blocks[length][site.layer_idx], hidden[length, num_sinks[site.layer_idx]]).numpy() for length in lengths])
-            for site in searched
-        )
+        costs = tuple(np.stack([influence.costs[length][site.layer_idx].numpy() for length in lengths]) for site in searched)
         by_sinks = {sinks: np.array([[density_of(rule, length, sinks) for rule in rules] for length in lengths]) for sinks in kinds}
         problem = Problem(costs, tuple(by_sinks[num_sinks[site.layer_idx]] for site in searched), first.density, config.max_rules)
         solutions, found = pareto(problem, report("plans"))
@@ -197,62 +198,68 @@ def search_spans(
                 "One length was profiled: there a fixed window shows more than one that grows to the same size, so spans will not grow with the context."
             )
     with _timed(seconds, "validation"):
-        unseen = calibration.items[validation_length]
-        total, done = (len(solutions) + 1) * len(unseen), 0
-
-        def measured(item_rules: Mapping[int, tuple[Rule, ...]]) -> float:
-            nonlocal done
-            loss = mean_response_loss(model, unseen, item_rules, num_sinks, lambda at, _: report("validation")(done + at, total))
-            done += len(unseen)
-            return loss
-
-        dense = {**influence.losses, validation_length: measured({})}
-        front = tuple(_span_plan(solution, searched, rules, lengths, explicit, measured) for solution in solutions)
+        plans = [*solutions, *_uniform(problem, solutions)]
+        decided = [{site.layer_idx: tuple(rules[number] for number in choice) for site, choice in zip(searched, plan.choice, strict=True)} for plan in plans]
+        tried = [{**explicit, **each} for each in decided]
+        entropy, *losses = expected_losses(model, calibration.items[validation_length], [{}, *tried], num_sinks, report("validation"))
+        front = tuple(
+            SpanPlan(each, dict(zip(lengths, plan.losses, strict=True)), dict(zip(lengths, plan.densities, strict=True)), loss)
+            for each, plan, loss in zip(decided, plans, losses, strict=True)
+        )
+    dense_losses = {**influence.losses, validation_length: entropy}
     chosen = min(front, key=lambda plan: plan.validation_loss)
-    return SpanSearch(chosen, front, first.density, len(rules), validation_length, dense, config.num_samples, tuple(notes), seconds)
+    return SpanSearch(chosen, front, first.density, len(rules), validation_length, dense_losses, config.num_samples, tuple(notes), seconds)
 
 
-def mean_response_loss(
+def expected_losses(
     model: Any,
     items: Sequence[CalibrationItem],
-    rules: Mapping[int, Sequence[Rule]],
+    plans: Sequence[Mapping[int, Sequence[Rule]]],
     num_sinks: Mapping[int, int],
     progress: Callable[[int, int], None] | None = None,
-) -> float:
-    """Response loss of a stock model that attends by `rules`, mean over samples, nats per token.
+) -> list[float]:
+    """Cross-entropy of the dense model's predictions and those of a stock model that attends by rules, nats per scored token, mean over samples.
 
     Args:
         model: on its device.
         items: samples.
-        rules: layer index -> one rule per KV head; no layers = the model as it is.
+        plans: layer index -> one rule per KV head; no layers = the model as it is, whose own entropy comes out.
         num_sinks: layer index -> sinks.
-        progress: told (samples done, samples).
+        progress: told (forward passes done, passes).
     """
     import torch
 
-    from attnconvert.surgery.spans import response_loss, with_spans
+    from attnconvert.surgery.spans import response_logits, with_spans
 
     device = next(model.parameters()).device
-    losses = []
-    with torch.no_grad(), with_spans(model, rules, num_sinks):
-        for input_ids, response in items:
-            losses.append(float(response_loss(model, input_ids.to(device), response)))
-            if progress is not None:
-                progress(len(losses), len(items))
-    return sum(losses) / len(losses)
+    sums = [0.0] * len(plans)
+    with torch.no_grad():
+        for at, (input_ids, response) in enumerate(items):
+            ids = input_ids.to(device)
+            dense = response_logits(model, ids, response).softmax(-1)
+            for number, plan in enumerate(plans):
+                with with_spans(model, plan, num_sinks):
+                    found = response_logits(model, ids, response).log_softmax(-1)
+                sums[number] -= float((dense * found).sum(-1).mean())
+                if progress is not None:
+                    progress(at * len(plans) + number + 1, len(items) * len(plans))
+    return [total / len(items) for total in sums]
 
 
-def _span_plan(
-    solution: Solution,
-    searched: Sequence[Site],
-    rules: Sequence[Rule],
-    lengths: Sequence[int],
-    explicit: Mapping[int, tuple[Rule, ...]],
-    measured: Callable[[Mapping[int, tuple[Rule, ...]]], float],
-) -> SpanPlan:
-    own = {site.layer_idx: tuple(rules[number] for number in choice) for site, choice in zip(searched, solution.choice, strict=True)}
-    losses, densities = (dict(zip(lengths, values, strict=True)) for values in (solution.losses, solution.densities))
-    return SpanPlan(own, losses, densities, measured({**explicit, **own}))
+def _uniform(problem: Problem, solutions: Sequence[Solution]) -> list[Solution]:
+    """The plan with one rule for all heads that is predicted best at the last length, within the density at every length; none where there is no such rule."""
+    from attnconvert.surgery.spans import Solution
+
+    layers = range(len(problem.costs))
+    found = []
+    for rule in range(problem.costs[0].shape[2]):
+        densities = sum(cost.shape[1] * density[:, rule] for cost, density in zip(problem.costs, problem.densities, strict=True)) / problem.num_heads
+        if (densities <= problem.bound + 1e-9).all():
+            choice = tuple((rule,) * problem.costs[layer].shape[1] for layer in layers)
+            losses = sum(cost[:, :, rule].sum(-1) for cost in problem.costs)
+            found.append(Solution(choice, tuple(map(float, losses)), tuple(map(float, densities)), 0.0))
+    known = {solution.choice for solution in solutions}
+    return [best for best in sorted(found, key=lambda one: one.losses[-1])[:1] if best.choice not in known]
 
 
 def _common(searched: Sequence[Site], settings: Mapping[int, MoaConfig]) -> MoaConfig:

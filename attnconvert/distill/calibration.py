@@ -1,15 +1,14 @@
-"""Long calibration samples whose loss depends on far text, with responses written by the model itself (MoA, https://arxiv.org/abs/2406.14909).
+"""Long calibration samples: text, and questions whose answers depend on far text (MoA, https://arxiv.org/abs/2406.14909).
 
-Plain text has few dependencies further back than a few hundred tokens, and text by somebody else is not what the model would say: profiled on either, a
-model seems to need little of its context. Published, at 25 % density, retrieval at 8k: 0.25 on plain text, 0.87 with human summaries, 0.95 with the
-model's own. So a sample is a context from the user's text, a question about it, and the model's own greedy answer, which alone is scored.
+Two kinds alternate, since a plan has to serve both.
+- Text: a part of a long document, of which the last quarter is scored, 1,024 tokens at most.
+- Retrieval: facts about invented people are scattered over such a text, one of them is asked for at the end, and the model's own greedy answer is scored.
+  The wording is that of `recall.py`, which shares nothing with the tests that report recall.
 
-Two kinds alternate.
-- Overview: with a chat template, a summary of the context or an answer about it; without one, the model's continuation of the text.
-- Retrieval: facts about invented people are scattered over the context, one of them is asked for at the end. The wording is that of `recall.py`,
-  which shares nothing with the tests that report recall.
+Plain text has few dependencies further back than a few hundred tokens: profiled on it alone, a model seems to need little of its context. Profiled on answers
+alone, it seems to need little else.
 
-Every sample has exactly the length asked for. A response that ends early leaves room, which goes to the beginning of the context once the response is
+Every sample has exactly the length asked for. An answer that ends early leaves room, which goes to the beginning of the context once the response is
 known. Documents at least as long as the sample are used, other parts of them for other samples; only where there is none are documents joined.
 
 Making samples takes a generation each, so they are kept in the user's cache (the assets folder of the Hugging Face cache) under a hash of the model's weights,
@@ -40,13 +39,9 @@ if TYPE_CHECKING:
 
     from attnconvert.distill.config import DataConfig
 
-_FORMAT = 1  # of the cache file and of how samples are made; a change makes old files useless
-_INSTRUCTIONS = (
-    "Summarize the text above.",
-    "What is the text above about? Answer with the most important facts, from its beginning to its end.",
-    "List the people, places and things that the text above mentions, and what it says about each.",
-)
-_CHAT_ANSWER_TOKENS, _PLAIN_ANSWER_TOKENS = 32, 16  # of a retrieval response at most
+_FORMAT = 2  # of the cache file and of how samples are made; a change makes old files useless
+_TEXT_TOKENS, _TEXT_SHARE = 1024, 4  # scored in a sample of text: at most, and one in so many
+_CHAT_ANSWER_TOKENS, _PLAIN_ANSWER_TOKENS = 32, 16  # of an answer at most
 _NUM_FACTS = 3
 _UNSEEN_SHARE = 4  # every fourth document is for the validation length
 _BYTES_PER_TOKEN = 8  # more than any common text has: a document cut to so many bytes per token wanted is still long enough
@@ -63,7 +58,7 @@ class CalibrationItem(NamedTuple):
 
     Attributes:
         input_ids: int64 [T].
-        response: bool [T], True on the tokens the model wrote, the last ones.
+        response: bool [T], True on the tokens that are scored, the last ones: the model's own answer, or the end of a text.
     """
 
     input_ids: Tensor
@@ -113,7 +108,7 @@ def make_calibration(
     *,
     validation_length: int | None = None,
     num_samples: int = 16,
-    response_tokens: int = 128,
+    response_tokens: int = 32,
     seed: int = 0,
     cache: Path | None = None,
     note: Note | None = None,
@@ -128,7 +123,7 @@ def make_calibration(
         lengths: tokens of a sample, response included.
         validation_length: one more length, whose samples come from documents that the others do not use, where there are enough; not among `lengths`.
         num_samples: per length.
-        response_tokens: longest response.
+        response_tokens: longest answer.
         seed: of documents, places, facts and questions. The same arguments give the same samples.
         cache: folder; None = the user's Hugging Face cache.
         note: told what is done.
@@ -148,7 +143,7 @@ def make_calibration(
     documents = _long_documents(data, max(wanted), num_samples * len(wanted), seed)
     settings = {
         "format": _FORMAT, "model": fingerprint(model), "lengths": wanted, "validation_length": validation_length, "num_samples": num_samples,
-        "response_tokens": response_tokens, "seed": seed, "form": [form.head, form.tail("x")], "vocabulary": _vocabulary_hash(tokenizer),
+        "response_tokens": response_tokens, "seed": seed, "form": [form.begin, form.head, form.tail("x")], "vocabulary": _vocabulary_hash(tokenizer),
         "text": hashlib.sha256(b"\0".join(hashlib.sha256(document).digest() for document in documents)).hexdigest(),
     }  # fmt: skip
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32] + ".safetensors"
@@ -162,8 +157,18 @@ def make_calibration(
     for length in wanted:
         rng = np.random.default_rng([seed, length])
         pieces = _Pieces(texts[length], rng)
-        prompts = [form.prompt(rng, pieces, length, response_tokens, retrieval=bool(number % 2)) for number in range(num_samples)]
         made: dict[int, CalibrationItem] = {}
+        prompts: dict[int, _Prompt] = {}
+        scored = min(_TEXT_TOKENS, length // _TEXT_SHARE)
+        for number in range(num_samples):
+            if number % 2:
+                prompts[number] = form.prompt(rng, pieces, length, response_tokens)
+            else:
+                ids = torch.tensor([*form.begin, *pieces.take(length - len(form.begin))])
+                made[number] = CalibrationItem(ids, torch.arange(length) >= length - scored)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
         for batch in _batches(prompts, model):
             responses = _generate(model, tokenizer, [prompts[number].ids(prompts[number].budget) for number in batch], prompts[batch[0]].budget)
             for number, response in zip(batch, responses, strict=True):
@@ -317,32 +322,35 @@ class _Form:
 
     Attributes:
         tokenizer: of the model.
-        head: token ids before the context.
+        begin: token ids that every text begins with.
+        head: token ids before the context of a question.
         ending: the template's text after the question; None = plain text.
     """
 
     tokenizer: Any
+    begin: list[int]
     head: list[int]
     ending: str | None
 
     @classmethod
     def of(cls, tokenizer: Any) -> _Form:
         """The form the tokenizer asks for."""
+        bos = tokenizer.bos_token_id
+        begin = [bos] if bos is not None and list(tokenizer("", verbose=False)["input_ids"])[:1] == [bos] else []
         if getattr(tokenizer, "chat_template", None):
             rendered = str(tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], add_generation_prompt=True, tokenize=False))
             if rendered.count(_MARK) == 1:
                 before, after = rendered.split(_MARK)
-                return cls(tokenizer, _encode(tokenizer, before), after)
-        bos = tokenizer.bos_token_id
-        return cls(tokenizer, [bos] if bos is not None and list(tokenizer("", verbose=False)["input_ids"])[:1] == [bos] else [], None)
+                return cls(tokenizer, begin, _encode(tokenizer, before), after)
+        return cls(tokenizer, begin, begin, None)
 
     def tail(self, question: str) -> list[int]:
         """Token ids after the context of a chat, whose user ends with `question`."""
         return _encode(self.tokenizer, f"\n\n{question}{self.ending}")
 
     def check(self, length: int, response_tokens: int) -> None:
-        """Raise AttnConvertError `length-too-short` where a prompt and the longest response leave the context less than a third of the sample."""
-        around = [len(self.head) + (0 if self.ending is None else max(len(self.tail(text)) for text in _INSTRUCTIONS)) + response_tokens]
+        """Raise AttnConvertError `length-too-short` where a question and the longest answer leave the context less than a third of the sample."""
+        around = []
         for seed in range(8):  # facts differ by a few tokens
             asked = make_lookup(np.random.default_rng(seed), _NUM_FACTS)
             facts = sum(len(_encode(self.tokenizer, f"\n{fact}\n")) for fact in asked.facts)
@@ -353,15 +361,12 @@ class _Form:
                 "length-too-short",
                 f"calibration samples of {length} tokens leave too little room for a context",
                 where="search.lengths, search.response_tokens",
-                expected=f"at least {needed} tokens with responses of up to {response_tokens}",
+                expected=f"at least {needed} tokens with answers of up to {response_tokens}",
             )
 
-    def prompt(self, rng: np.random.Generator, pieces: _Pieces, length: int, response_tokens: int, *, retrieval: bool) -> _Prompt:
-        """The next prompt of one kind: with the longest response it has `length` tokens."""
+    def prompt(self, rng: np.random.Generator, pieces: _Pieces, length: int, response_tokens: int) -> _Prompt:
+        """The next question about a context: with the longest answer it has `length` tokens."""
         chat = self.ending is not None
-        if not retrieval:
-            tail = self.tail(str(rng.choice(_INSTRUCTIONS))) if chat else []
-            return _Prompt(self.head, pieces.take(length - len(self.head) - len(tail)), tail, response_tokens)
         budget = min(response_tokens, _CHAT_ANSWER_TOKENS if chat else _PLAIN_ANSWER_TOKENS)
         asked = make_lookup(rng, _NUM_FACTS)
         tail = self.tail(asked.question) if chat else _encode(self.tokenizer, f"\n{asked.lead}")
@@ -383,11 +388,11 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 # ---------------------------------------------------------------- responses
 
 
-def _batches(prompts: Sequence[_Prompt], model: Any) -> list[list[int]]:
+def _batches(prompts: Mapping[int, _Prompt], model: Any) -> list[list[int]]:
     """Numbers of prompts that are answered together: as many tokens and as long responses, so that nothing is padded."""
     on_gpu = next(model.parameters()).device.type == "cuda"
     groups: dict[tuple[int, int], list[int]] = {}
-    for number, prompt in enumerate(prompts):
+    for number, prompt in prompts.items():
         groups.setdefault((len(prompt.ids(prompt.budget)), prompt.budget), []).append(number)
     batches = []
     for (num_tokens, _), numbers in groups.items():

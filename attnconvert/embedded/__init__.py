@@ -7,10 +7,10 @@ tools/train_demo_model.py.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 _DEMO_ROWS = (
     "stages.transfer.length=512",
@@ -22,20 +22,36 @@ _DEMO_ROWS = (
 )
 
 
-def demo_overrides(families: Collection[str]) -> tuple[str, ...]:
+_DEMO_SPAN = 64
+"""Tokens of a fixed attention span at most: of rows of 512, a longer one leaves out next to nothing."""
+
+
+def demo_overrides(rules: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, ...]:
     """Recipe overrides (`key=value`, as for `--set`) that make a conversion of the embedded model end in under 3 minutes on 2 CPU cores.
 
     An override given by the user comes after these and wins.
 
     Args:
-        families: of the recipe's methods.
+        rules: family of the method and its settings, for each rule of the recipe's `layers`; (`""`, {}) for layers that stay as they are.
     """
-    if set(families) == {"sparsify"}:  # no stage before finetuning; contexts that fit into 512 positions
-        spans = ("num_sinks=4", "search.lengths=[256,512]", "search.num_samples=8", "search.response_tokens=32")
-        return (*(f"layers.0.config.{setting}" for setting in spans), "stages.finetune.tokens=100k", "evaluate.passkey_lengths=[128,256,512]", *_DEMO_ROWS)
+    families = {family for family, _ in rules} - {""}
+    if families == {"sparsify"}:  # no stage before finetuning
+        spans = [f"layers.{number}.config.{setting}" for number, (_, config) in enumerate(rules) if "alphas" in config for setting in _short_spans(config)]
+        return (*spans, "stages.finetune.tokens=100k", "evaluate.passkey_lengths=[128,256,512]", *_DEMO_ROWS)
     # Fewer heads learn most in transfer.
-    transfer, finetune = ("200k", "50k") if set(families) == {"regroup"} else ("100k", "60k")
+    transfer, finetune = ("200k", "50k") if families == {"regroup"} else ("100k", "60k")
     return (f"stages.transfer.tokens={transfer}", f"stages.finetune.tokens={finetune}", *_DEMO_ROWS)
+
+
+def _short_spans(config: Mapping[str, Any]) -> list[str]:
+    """Settings of attention spans for rows of 512 tokens."""
+    if isinstance(config["alphas"], int):
+        return ["num_sinks=4", f"alphas={min(config['alphas'], _DEMO_SPAN)}"]
+    spans = ["num_sinks=4", "search.lengths=[256,512]", "search.num_samples=8", "search.response_tokens=32"]
+    if config["search"]["candidates"] is not None:
+        candidates = dict.fromkeys((min(alpha, _DEMO_SPAN), beta) for alpha, beta in config["search"]["candidates"])
+        spans.append(f"search.candidates={[list(rule) for rule in candidates]}")
+    return spans
 
 
 def model_dir() -> Path:

@@ -10,6 +10,9 @@ Programs of a launch cannot wait for each other, so none may write what another 
   take other shares: each a thinner slice of the value dimension for *all* query heads, which it reads, adds to and writes alone.
 - z, which all of them read, is written to its other slot.
 - Each counts the tokens in its own copies of the length.
+
+At batch 64 the maps of the query heads, which every program reads from L2, are more bytes than state and window together: where there are programs enough, one
+takes two rows of the batch and reads them once. Bringing state and window into L2 beforehand was tried and is slower (46.2 us against 38.3, batch 64, 32 heads, 8 KV heads).
 """
 
 from __future__ import annotations
@@ -38,7 +41,6 @@ MAX_GROUP = 16  # query heads per state head: the rows of one tensor-core tile
 TILE_ELEMENTS = 8192  # of a tile of maps or state that a program holds in registers
 TARGET_PROGRAMS = 128  # an H100 has 132 multiprocessors
 MAX_BATCH_ROWS = 2  # of a program: each query map, which lies in L2, is read once for so many
-PREFETCH = True  # into L2, at the start of a program
 
 
 @triton.jit
@@ -193,41 +195,6 @@ def _fold_row(
         tl.store(z + slot * (2 * F2) + F2 + f, z_negative, mask=f < z_limit)
         tl.debug_barrier()  # other threads of this program read what was just written to kv and z
     return z_positive, z_negative
-
-
-@triton.jit
-def _prefetch(P, wanted):
-    """Brings the cache lines at addresses P into L2 where `wanted`: no registers held, nothing waits."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-        "=r,l,r", [P.to(tl.int64, bitcast=True), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _prefetch_state(KV, head_split, v0, D: tl.constexpr, F2: tl.constexpr, BF: tl.constexpr, COLUMNS: tl.constexpr, HEAD_SPLITS: tl.constexpr):
-    """Columns [v0, v0 + COLUMNS) of kv; programs with other heads and the same columns take a row in turns."""
-    LINES: tl.constexpr = COLUMNS // 32 if COLUMNS > 32 else 1  # of 32 floats
-    line = tl.arange(0, 2 * BF // HEAD_SPLITS * LINES)
-    f = line // LINES * HEAD_SPLITS + head_split
-    column = v0 + line % LINES * 32
-    _prefetch(KV + f * D + column, (f < 2 * F2) & (column < D))
-
-
-@triton.jit
-def _prefetch_window(
-    RING_K, RING_V, first, count, split, D: tl.constexpr, BD: tl.constexpr, NUM_SLOTS: tl.constexpr, AHEAD: tl.constexpr, SPLITS: tl.constexpr
-):
-    """Ring slots of positions [first, first + count); the programs of a state head take a slot in turns."""
-    LINE: tl.constexpr = 1024 // RING_K.dtype.element_ty.primitive_bitwidth  # elements
-    LINES: tl.constexpr = BD // LINE if BD > LINE else 1
-    line = tl.arange(0, AHEAD // SPLITS * LINES)
-    n = line // LINES * SPLITS + split
-    part = line % LINES * LINE
-    at = (first + n) % NUM_SLOTS * D + part
-    wanted = (n < count) & (part < D)
-    _prefetch(RING_K + at, wanted)
-    _prefetch(RING_V + at, wanted)
 
 
 @triton.jit
@@ -393,27 +360,6 @@ def _attend(
 
 
 @triton.jit
-def _prefetch_row(
-    RING_K, RING_V, KV, b, group, split, lengths,
-    STATE_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, D: tl.constexpr, F2: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr, NUM_SLOTS: tl.constexpr,
-    HEAD_SPLITS: tl.constexpr, VALUE_SPLITS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, AHEAD: tl.constexpr, WHOLE_RING: tl.constexpr,
-):  # fmt: skip
-    """The step's loads wait for each other (length, window, features, state): what they will ask for is brought into L2 before the first of them."""
-    SPLITS: tl.constexpr = HEAD_SPLITS * VALUE_SPLITS
-    if F2 > 0:
-        v0 = split // HEAD_SPLITS * (BD // VALUE_SPLITS)
-        _prefetch_state(KV + (b * STATE_HEADS + group) * (2 * F2 * D), split % HEAD_SPLITS, v0, D, F2, BF, BD // VALUE_SPLITS, HEAD_SPLITS)
-    if WINDOW > 0:
-        ring = (b * KEY_HEADS + group // (STATE_HEADS // KEY_HEADS)) * (NUM_SLOTS * D)
-        if WHOLE_RING:
-            _prefetch_window(RING_K + ring, RING_V + ring, 0, NUM_SLOTS, split, D, BD, NUM_SLOTS, AHEAD, SPLITS)
-        else:
-            length = tl.load(lengths).to(tl.int32)
-            lo, _ = _window_start(length, WINDOW, BLOCKS)
-            _prefetch_window(RING_K + ring, RING_V + ring, lo, length - lo, split, D, BD, NUM_SLOTS, AHEAD, SPLITS)
-
-
-@triton.jit
 def decode_step(
     Q, K, V, OUT, RING_K, RING_V, SINK_K, SINK_V, KV, Z, LENGTHS, QUERY_MAP, KEY_MAP, QUERY_GATE, KEY_GATE, LOG_WEIGHT, START,
     q_row, q_head, k_row, k_head, v_row, v_head, weight_row, weight_head, start_row, scale,
@@ -421,7 +367,7 @@ def decode_step(
     WINDOW: tl.constexpr, BLOCKS: tl.constexpr, NUM_SLOTS: tl.constexpr, SINKS: tl.constexpr, COPIES: tl.constexpr,
     LINEAR: tl.constexpr, GATED: tl.constexpr, ABSOLUTE: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr,
     BATCH_ROWS: tl.constexpr, HEAD_SPLITS: tl.constexpr, VALUE_SPLITS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, DC: tl.constexpr,
-    EARLY: tl.constexpr, AHEAD: tl.constexpr, WHOLE_RING: tl.constexpr, PRECISION: tl.constexpr, FOLD_PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, PRECISION: tl.constexpr, FOLD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (B / BATCH_ROWS * STATE_HEADS, HEAD_SPLITS * VALUE_SPLITS). NUM_HEADS: query heads per state head. F2 = F/2.
 
@@ -440,11 +386,6 @@ def decode_step(
     key_head = group // REPEAT
     first_head = group * NUM_HEADS
     lengths = LENGTHS + (b0 * STATE_HEADS + group) * COPIES + split * (COPIES // SPLITS)
-    if AHEAD > 0:
-        _prefetch_row(
-            RING_K, RING_V, KV, b0, group, split, lengths,
-            STATE_HEADS, KEY_HEADS, D, F2, WINDOW, BLOCKS, NUM_SLOTS, HEAD_SPLITS, VALUE_SPLITS, BD, BF, AHEAD, WHOLE_RING,
-        )  # fmt: skip
     if BATCH_ROWS > 1 and LINEAR:
         # In a part of its own, and with a zero that the compiler does not know: it would keep this part's addresses in registers in all steps.
         row = tl.arange(0, BATCH_ROWS)
@@ -474,12 +415,6 @@ def decode_step(
     for r in tl.range(0, BATCH_ROWS, num_stages=1):
         b = b0 + r
         length = tl.load(lengths + r * (STATE_HEADS * COPIES)).to(tl.int32)
-        if AHEAD > 0 and BATCH_ROWS > 1:
-            if r + 1 < BATCH_ROWS:
-                _prefetch_row(
-                    RING_K, RING_V, KV, b + 1, group, split, lengths + (r + 1) * (STATE_HEADS * COPIES),
-                    STATE_HEADS, KEY_HEADS, D, F2, WINDOW, BLOCKS, NUM_SLOTS, HEAD_SPLITS, VALUE_SPLITS, BD, BF, AHEAD, WHOLE_RING,
-                )  # fmt: skip
         valid = split >= 0  # always
         if PADDED:
             valid = tl.load(START + b * start_row) <= 0
@@ -565,13 +500,11 @@ def _constants(
         and num_pairs // state_heads % (2 * batch_rows) == 0 and num_pairs >= 4 * batch_rows * TARGET_PROGRAMS
     ):  # fmt: skip
         batch_rows *= 2
-    ahead = triton.next_power_of_2(max(num_slots - 2, 1))
-    prefetch = PREFETCH and not triton.knobs.runtime.interpret  # the interpreter knows no such instruction
     constants = {
         "STATE_HEADS": state_heads, "KEY_HEADS": key_heads, "NUM_HEADS": num_heads, "D": head_dim, "F2": half_features, "WINDOW": window_size, "BLOCKS": kind == "block",
         "NUM_SLOTS": num_slots, "SINKS": num_sinks, "COPIES": copies, "LINEAR": half_features > 0, "GATED": gated, "ABSOLUTE": absolute, "PADDED": padded, "ALIGNED": aligned,
         "BATCH_ROWS": batch_rows, "HEAD_SPLITS": head_splits, "VALUE_SPLITS": value_splits, "ROWS": max(8, triton.next_power_of_2(batch_rows * max(-(-num_heads // head_splits), num_heads if head_splits > 1 else 1))), "BD": BD, "BF": BF, "BN": 32 if many and (BD > 128 or BF > 64) else 64, "BC": 16,
-        "DC": max(16, min(BD, TILE_ELEMENTS // 2 // BF)), "EARLY": 0 if many or BD > 128 else 2, "AHEAD": max(ahead, head_splits * value_splits) if prefetch else 0, "WHOLE_RING": not many,
+        "DC": max(16, min(BD, TILE_ELEMENTS // 2 // BF)), "EARLY": 0 if many or BD > 128 else 2,
         "PRECISION": "ieee" if exact else "tf32", "FOLD_PRECISION": "ieee" if exact else "tf32x3",
     }  # fmt: skip
     options = {"num_warps": 8 if columns * BF > TILE_ELEMENTS // 2 else 4, "num_stages": 3 if BD <= 128 else 2}

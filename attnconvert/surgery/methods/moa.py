@@ -49,8 +49,8 @@ class SearchConfig(MethodConfig):
         default=None, ge=1, description="tokens of the contexts on which the best plans are compared; null = a length that was not measured"
     )
     max_rules: int = Field(default=2, ge=1, description="different rules in one layer at most")
-    num_samples: int = Field(default=16, ge=1, description="contexts per length")
-    response_tokens: int = Field(default=128, ge=1, description="tokens that the model writes itself after a context; damage is measured on them alone")
+    num_samples: int = Field(default=16, ge=1, description="contexts per length: plain text and questions about far text in turn")
+    response_tokens: int = Field(default=32, ge=1, description="tokens of the answers that the model writes itself to questions about far text, at most")
 
     @field_validator("lengths")
     @classmethod
