@@ -535,3 +535,10 @@ def test_a_heat_map_is_drawn(tmp_path: Path) -> None:
     for layers, heads in ((32, 8), (80, 64)):
         path = draw_heat_map(heat_map(layers, heads), tmp_path / f"{layers}.png")
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_density_that_no_plan_reaches_is_refused_before_any_sample_is_made(searched: Any, tmp_path: Path) -> None:
+    model, tokenizer, sites, settings, data, *_ = searched
+    config = settings[1].model_copy(update={"density": 0.01})
+    assert error_of(lambda: search_spans(model, tokenizer, sites, {1: config}, data, cache=tmp_path)).code == "density-unreachable"
+    assert list(tmp_path.iterdir()) == []

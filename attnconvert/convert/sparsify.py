@@ -141,7 +141,7 @@ def search_spans(
     import numpy as np
 
     from attnconvert.distill.calibration import make_calibration
-    from attnconvert.surgery.spans import Problem, check_sites, held_below, pareto, profile, search_space
+    from attnconvert.surgery.spans import Problem, check_reachable, check_sites, held_below, pareto, profile, search_space
     from attnconvert.surgery.spans import density as density_of
 
     searched = [site for site in sites if site.layer_idx in settings and needs_search(settings[site.layer_idx])]
@@ -161,6 +161,9 @@ def search_spans(
     if config.candidates is None:  # what a plan has to beat: the density as it is, for all heads
         same = {held_below(-num_sinks[site.layer_idx], first.density, min_length_of(first)) for site in searched}
         rules = tuple(sorted({*rules, *(rule for rule in same if rule.alpha + rule.beta * lengths[0] > 0)}))
+    by_sinks = {sinks: np.array([[density_of(rule, length, sinks) for rule in rules] for length in lengths]) for sinks in sorted(set(num_sinks.values()))}
+    densities = tuple(by_sinks[num_sinks[site.layer_idx]] for site in searched)
+    check_reachable(densities, [site.num_key_value_heads for site in searched], first.density)
     explicit = {
         site.layer_idx: tuple(held_below(alpha, beta, min_length_of(settings[site.layer_idx])) for alpha, beta in own)
         for site in sites
@@ -187,10 +190,8 @@ def search_spans(
         samples = [item for length in lengths for item in calibration.items[length]]
         influence = profile(model, searched, samples, rules, num_sinks, seed=seed, progress=report("influence"))
     with _timed(seconds, "plans"):
-        kinds = sorted(set(num_sinks.values()))
         costs = tuple(np.stack([influence.costs[length][site.layer_idx].numpy() for length in lengths]) for site in searched)
-        by_sinks = {sinks: np.array([[density_of(rule, length, sinks) for rule in rules] for length in lengths]) for sinks in kinds}
-        problem = Problem(costs, tuple(by_sinks[num_sinks[site.layer_idx]] for site in searched), first.density, config.max_rules)
+        problem = Problem(costs, densities, first.density, config.max_rules)
         solutions, found = pareto(problem, report("plans"))
         notes += found
         if len(lengths) == 1 and config.candidates is None:

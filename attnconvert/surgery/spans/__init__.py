@@ -7,7 +7,7 @@ together (`solve`), and try plans on the stock model (`stock`). `planfile` reads
 from attnconvert.surgery.spans.influence import Influence, check_sites, profile, response_logits
 from attnconvert.surgery.spans.planfile import read_plan, write_plan
 from attnconvert.surgery.spans.rules import DENSE, Rule, density, held_below, search_space
-from attnconvert.surgery.spans.solve import FLOOR, Problem, Solution, best_plan, pareto
+from attnconvert.surgery.spans.solve import FLOOR, Problem, Solution, best_plan, check_reachable, pareto
 from attnconvert.surgery.spans.stock import attention_through, with_spans
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Solution",
     "attention_through",
     "best_plan",
+    "check_reachable",
     "check_sites",
     "density",
     "held_below",

@@ -138,7 +138,7 @@ def pareto(problem: Problem, progress: Callable[[int, int], None] | None = None)
         floor = 0.0
         first = attempt(0, {}, floor)
         if first is None:
-            raise _unreachable(problem)
+            raise _unreachable(problem.densities, [cost.shape[1] for cost in problem.costs], problem.bound)
         notes.append(f"No plan holds {FLOOR * problem.bound:.0%} to {problem.bound:.0%} of the cache at every length, so some hold less.")
     alone = [first] + [solution for k in range(1, num_lengths) if (solution := attempt(k, {}, floor)) is not None]
     grids = []
@@ -161,12 +161,30 @@ def _not_dominated(solutions: Sequence[Solution]) -> list[Solution]:
     return sorted(kept, key=lambda solution: (solution.losses[::-1], solution.choice))
 
 
-def _unreachable(problem: Problem) -> AttnConvertError:
-    weights = [cost.shape[1] / problem.num_heads for cost in problem.costs]
-    least = [sum(w * float(d[k].min()) for w, d in zip(weights, problem.densities, strict=True)) for k in range(problem.costs[0].shape[0])]
+def check_reachable(densities: Sequence[Floats], num_heads: Sequence[int], bound: float) -> None:
+    """Refuse a bound that the sparsest rules exceed, before any cost is known.
+
+    Args:
+        densities: per layer [K, R], as in `Problem`.
+        num_heads: of each layer.
+        bound: mean density at each length at most.
+
+    Raises:
+        AttnConvertError: `density-unreachable`.
+    """
+    if max(_least_densities(densities, num_heads)) > bound * (1 + 1e-9):
+        raise _unreachable(densities, num_heads, bound)
+
+
+def _least_densities(densities: Sequence[Floats], num_heads: Sequence[int]) -> list[float]:
+    return [sum(count * float(own[k].min()) for count, own in zip(num_heads, densities, strict=True)) / sum(num_heads) for k in range(len(densities[0]))]
+
+
+def _unreachable(densities: Sequence[Floats], num_heads: Sequence[int], bound: float) -> AttnConvertError:
+    least = _least_densities(densities, num_heads)
     return AttnConvertError(
         "density-unreachable",
-        f"no plan holds {problem.bound:.0%} of the cache or less at every length",
+        f"no plan holds {bound:.0%} of the cache or less at every length",
         where="density, search",
         expected=f"a density above {max(least):.1%}: the sparsest rules hold {', '.join(f'{share:.1%}' for share in least)} at the profiled lengths",
         hint="raise density, lower num_sinks, or allow shorter spans in search",
