@@ -6,7 +6,11 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 Impl = Literal["auto", "reference", "triton"]
@@ -33,3 +37,27 @@ def in_this_process(impl: Impl) -> Impl:
         if found == known:
             return known
     raise ValueError(f"impl is {found!r}, not one of {', '.join(IMPLS)} (argument impl, or the environment variable {IMPL_VARIABLE})")
+
+
+def use_triton(impl: Impl, x: Tensor, refusal: Callable[[], str | None], what: str) -> bool:
+    """Whether the Triton form of an operator runs, rather than the PyTorch form.
+
+    Args:
+        impl: `reference`, `triton`, which never falls back, or `auto`: triton for bf16 and fp16 on CUDA wherever it can, else PyTorch, with the reason logged once.
+        x: an input.
+        refusal: why the kernels cannot take the inputs, or None.
+        what: the operator's name in the log.
+
+    Raises:
+        ValueError: `triton` was asked for and cannot take the inputs; or impl is none of the three.
+    """
+    impl = in_this_process(impl)
+    if impl == "reference" or (impl == "auto" and not x.is_cuda):
+        return False
+    exact = impl == "auto" and x.dtype not in (torch.bfloat16, torch.float16)
+    why = f"{x.dtype} inputs ask for exact products" if exact else refusal()
+    if impl == "triton" and why is not None:
+        raise ValueError(f"impl='triton' cannot run here: {why}; use impl='auto' or 'reference'")
+    if why is not None and not torch.compiler.is_compiling():
+        log_once(f"{what} runs in PyTorch, not in Triton: {why}")
+    return why is None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attnconvert.kernels.choice import HAS_TRITON, Impl, in_this_process, log_once
+from attnconvert.kernels.choice import HAS_TRITON, Impl, use_triton
 from attnconvert.kernels.linear.reference import LinearOutput, LinearState
 from attnconvert.kernels.linear.reference import linear_attention as reference_linear_attention
 
@@ -48,20 +48,8 @@ def linear_attention(
     Raises:
         ValueError: `triton` was asked for and cannot take these inputs; it never falls back. Or impl is none of the three.
     """
-    why = None
-    impl = in_this_process(impl)
-    if impl != "reference":
-        if impl == "auto" and not q.is_cuda:
-            why = f"the tensors are on {q.device.type}"
-        elif impl == "auto" and q.dtype not in (torch.bfloat16, torch.float16):
-            why = f"{q.dtype} inputs ask for exact products"
-        else:
-            why = refusal(q, k, v, query_map, key_map, linear_log_weight, query_gate, key_gate, initial_state is not None or output_final_state)
-        if impl == "triton" and why is not None:
-            raise ValueError(f"impl='triton' cannot run here: {why}; use impl='auto' or 'reference'")
-        if why is not None and q.is_cuda and not torch.compiler.is_compiling():
-            log_once(f"linear attention runs in PyTorch, not in Triton: {why}")
-    if impl == "reference" or why is not None:
+    with_state = initial_state is not None or output_final_state
+    if not use_triton(impl, q, lambda: refusal(q, k, v, query_map, key_map, linear_log_weight, query_gate, key_gate, with_state), "linear attention"):
         operator: Callable[..., LinearOutput] = _compiled_reference() if compile_reference else reference_linear_attention
     else:
         from attnconvert.kernels.linear.triton_operator import triton_linear_attention

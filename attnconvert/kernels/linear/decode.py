@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnconvert.kernels.choice import HAS_TRITON, Impl, in_this_process, log_once
+from attnconvert.kernels.choice import HAS_TRITON, Impl, use_triton
 from attnconvert.kernels.linear.reference import MAX_SHIFT, LinearState, feature_map, normalizer, normalizer_slot, window_start
 
 
@@ -53,15 +53,7 @@ def linear_attention_step(
         raise ValueError(f"a decode step takes one token a row, got {q.shape[1]}; use linear_attention with initial_state for more")
     if (state.k.shape[0], state.k.shape[1], state.sink_k.shape[2]) != (q.shape[0], k.shape[2], num_sinks):
         raise ValueError("the state was made for another batch size, number of heads or number of sinks")
-    impl = in_this_process(impl)
-    why = None if impl == "reference" else _refusal(q, k, v, state, query_map)
-    if impl == "triton" and why is not None:
-        raise ValueError(f"impl='triton' cannot run here: {why}")
-    if impl == "auto" and why is None and q.dtype == torch.float32:
-        why = "fp32 input: the PyTorch form is exact, tensor cores are not"
-    if impl == "auto" and why is not None and q.device.type == "cuda" and not torch.compiler.is_compiling():
-        log_once(f"decode steps run in PyTorch, not in Triton: {why}")
-    if impl == "reference" or why is not None:
+    if not use_triton(impl, q, lambda: _refusal(q, k, v, state, query_map), "the decode step of linear attention"):
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             return _step(q, k, v, state, window_size, window_kind, scale, query_map, key_map, linear_log_weight, query_gate, key_gate, reference, start)
     from attnconvert.kernels.linear.triton_decode import triton_linear_attention_step

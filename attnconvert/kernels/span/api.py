@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from attnconvert.kernels.choice import HAS_TRITON, Impl, in_this_process, log_once
+from attnconvert.kernels.choice import HAS_TRITON, Impl, use_triton
 from attnconvert.kernels.span.reference import span_attention as reference_span_attention
 
 
@@ -31,20 +30,7 @@ def span_attention(
     Raises:
         ValueError: `triton` was asked for and cannot take these inputs; it never falls back. Or impl is none of the three.
     """
-    why = None
-    impl = in_this_process(impl)
-    if impl != "reference":
-        if impl == "auto" and not q.is_cuda:
-            why = f"the tensors are on {q.device.type}"
-        elif impl == "auto" and q.dtype not in (torch.bfloat16, torch.float16):
-            why = f"{q.dtype} inputs ask for exact products"
-        else:
-            why = refusal(q, k)
-        if impl == "triton" and why is not None:
-            raise ValueError(f"impl='triton' cannot run here: {why}; use impl='auto' or 'reference'")
-        if why is not None and q.is_cuda and not torch.compiler.is_compiling():
-            log_once(f"span attention runs in PyTorch, not in Triton: {why}")
-    if impl == "reference" or why is not None:
+    if not use_triton(impl, q, lambda: refusal(q, k), "span attention"):
         return reference_span_attention(q, k, v, alpha=alpha, beta=beta, num_sinks=num_sinks, scale=scale, least=least, start=start)
     from attnconvert.kernels.span.triton_operator import triton_span_attention
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnconvert.kernels.choice import HAS_TRITON, Impl, in_this_process, log_once
+from attnconvert.kernels.choice import HAS_TRITON, Impl, use_triton
 from attnconvert.kernels.span.reference import attend
 from attnconvert.kernels.span.slots import ring_size
 
@@ -144,15 +144,7 @@ def span_attention_step(
         raise ValueError(f"a decode step takes one token a row, got {q.shape[1]}; use span_attention_extend for more")
     if (state.k.shape[0], state.k.shape[1], len(layout.rings)) != (q.shape[0], layout.num_slots, k.shape[2]):
         raise ValueError("the state was made for another batch size, number of heads or layout")
-    impl = in_this_process(impl)
-    why = None if impl == "reference" else _refusal(q, k, v, state)
-    if impl == "triton" and why is not None:
-        raise ValueError(f"impl='triton' cannot run here: {why}")
-    if impl == "auto" and why is None and q.dtype == torch.float32:
-        why = "fp32 input: the PyTorch form is exact, tensor cores are not"
-    if impl == "auto" and why is not None and q.device.type == "cuda" and not torch.compiler.is_compiling():
-        log_once(f"decode steps of attention spans run in PyTorch, not in Triton: {why}")
-    if impl == "reference" or why is not None:
+    if not use_triton(impl, q, lambda: _refusal(q, k, v, state), "the decode step of attention spans"):
         with torch.no_grad():
             return _step(q, k, v, state, layout, scale, start)
     from attnconvert.kernels.span.triton_decode import triton_span_attention_step
