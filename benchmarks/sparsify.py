@@ -25,7 +25,7 @@ from linearize import Log, cached_data, meta, named
 
 from attnconvert.convert.evaluate import evaluate_models
 from attnconvert.convert.load import load_model
-from attnconvert.convert.pipeline import Prepared, prepare
+from attnconvert.convert.pipeline import prepare
 from attnconvert.convert.plan import layer_settings, with_span_rules
 from attnconvert.convert.sparsify import search_spans
 from attnconvert.distill.config import EvalConfig, parse_token_count
@@ -53,15 +53,18 @@ def long_rows(path: Path, tokenizer: Any, longest: int, count: int) -> torch.Ten
 
 
 class Measure:
-    """Rows for the table, at all lengths."""
+    """Rows for the table, at all lengths, written as they come."""
 
-    def __init__(self, args: argparse.Namespace, prepared: Prepared, teacher: Any, tokenizer: Any):
-        self.args, self.prepared, self.teacher, self.tokenizer = args, prepared, teacher, tokenizer
+    def __init__(self, args: argparse.Namespace, teacher: Any, tokenizer: Any):
+        self.args, self.teacher, self.tokenizer = args, teacher, tokenizer
+        hidden = ("--model", "--text", "--long", "--out", "--cache")
+        shown = [a for i, a in enumerate(sys.argv[1:]) if a not in hidden and sys.argv[i] not in hidden]
+        command = f"python benchmarks/sparsify.py {shlex.join(shown)} --model MODEL --text TEXT --long FILE --out OUT"
+        self.result: dict[str, Any] = {"meta": meta(command), "rows": []}
         self.documents = long_rows(args.long, tokenizer, max(args.lengths), args.documents)
 
-    def __call__(self, student: Any, rules: dict[int, dict[int, list[Rule]]], **facts: Any) -> list[dict[str, Any]]:
+    def __call__(self, student: Any, rules: dict[int, dict[int, list[Rule]]], **facts: Any) -> None:
         """One row per length. rules: length -> layer -> one rule per KV head, what the student has there."""
-        found = []
         for length in self.args.lengths:
             cores = {idx: module.core for idx, _, module in converted_sites(student)}
             for idx, own in rules[length].items():
@@ -83,16 +86,22 @@ class Measure:
                 "kv_bytes": None if held is None else held.student, "teacher_kv_bytes": None if held is None else held.teacher,
             }  # fmt: skip
             print("ROW", json.dumps(row), flush=True)
-            found.append(row)
-        return found
+            self.result["rows"].append(row)
+            self.write()
+
+    def write(self) -> None:
+        """What is known so far, so that a run that is ended leaves its rows, and the rules they belong to."""
+        path = self.args.out / f"moa-{self.args.label}-{self.args.variant}.json"
+        path.with_suffix(".tmp").write_text(json.dumps(self.result, indent=1) + "\n")
+        os.replace(path.with_suffix(".tmp"), path)
 
 
 def value(estimate: Any) -> float | None:
     return None if estimate is None else float(estimate.value)
 
 
-def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of a variant, and what the search found."""
+def run(args: argparse.Namespace) -> None:
+    """Measure a variant, train it, measure it again."""
     share = None if args.variant == SOURCE else int(args.variant.removeprefix(UNIFORM)) / 100
     overrides = [
         f"layers.0.config.density={share or 1.0}", f"layers.0.config.num_sinks={args.sinks}", f"layers.0.config.search.lengths={json.dumps(args.lengths)}", f"data.source={args.text}",
@@ -103,7 +112,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
     dtype = "auto" if args.device != "cpu" else "fp32"
     loaded = load_model(prepared.source, dtype=dtype, device=args.device)
     teacher, tokenizer = load_model(prepared.source, dtype=dtype, device=args.device).model, loaded.tokenizer
-    measure, student, extra = Measure(args, prepared, teacher, tokenizer), loaded.model, {}
+    measure, student = Measure(args, teacher, tokenizer), loaded.model
     plan, began = prepared.plan, time.perf_counter()
     heads = {site.layer_idx: site.num_key_value_heads for site in prepared.sites}
     if args.variant.startswith(UNIFORM):
@@ -114,12 +123,13 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
         settings: Any = layer_settings(recipe, plan)
         search = search_spans(student.eval(), tokenizer, prepared.sites, settings, recipe.data, seed=args.seed, cache=args.cache, note=print)
         print("SEARCH", json.dumps({key: found for key, found in search.to_dict().items() if key != "front"}), flush=True)
-        extra = {"search": search.to_dict()}
+        measure.result["search"] = search.to_dict()
         rules = {length: {idx: list(own) for idx, own in search.chosen.rules.items()} for length in args.lengths}
     plan = with_span_rules(plan, {idx: [(rule.alpha, rule.beta) for rule in own] for idx, own in rules[max(args.lengths)].items()})
     swap(student, plan)
     search_seconds = time.perf_counter() - began
-    rows = measure(student, rules, tokens=0, seconds=round(search_seconds, 1)) if args.variant != SOURCE else []
+    if args.variant != SOURCE:
+        measure(student, rules, tokens=0, seconds=round(search_seconds, 1))
     if args.tokens and not args.variant.startswith(UNIFORM):
         began = time.perf_counter()
         args.recall = recipe.data.recall
@@ -131,8 +141,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
         adapted = add_lora(student, [row.path for row in plan.converted], recipe.stages.finetune.lora, seed=args.seed)
         stage = run_finetune(adapted, {idx: module.core for idx, _, module in converted_sites(adapted)}, data.train, recipe.stages.finetune, context)
         student = merge_lora(adapted).eval()
-        rows += measure(student, rules, tokens=stage.tokens, seconds=round(search_seconds + time.perf_counter() - began, 1), data=named(data.description))
-    return rows, extra
+        measure(student, rules, tokens=stage.tokens, seconds=round(search_seconds + time.perf_counter() - began, 1), data=named(data.description))
 
 
 def main() -> None:
@@ -159,13 +168,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.device != "cpu":
         torch.backends.cuda.matmul.allow_tf32 = True
-    rows, extra = run(args)
-    hidden = ("--model", "--text", "--long", "--out", "--cache")
-    shown = [a for i, a in enumerate(sys.argv[1:]) if a not in hidden and sys.argv[i] not in hidden]
-    command = f"python benchmarks/sparsify.py {shlex.join(shown)} --model MODEL --text TEXT --long FILE --out OUT"
-    path = args.out / f"moa-{args.label}-{args.variant}.json"
-    path.with_suffix(".tmp").write_text(json.dumps({"meta": meta(command), "rows": rows, **extra}, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+    run(args)
 
 
 if __name__ == "__main__":

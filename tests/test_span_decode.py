@@ -3,15 +3,12 @@
 Triton decides when it is imported whether it interprets, so the kernel's checks run in a process of their own.
 """
 
-import concurrent.futures
 import itertools
-import multiprocessing
-import os
-from importlib import metadata
 from unittest import mock
 
 import pytest
 import torch
+from test_decode import interpreter  # noqa: F401
 
 from attnconvert.kernels.span.decode import SpanState, fill, resized, span_attention_extend, span_attention_step, span_layout
 from attnconvert.kernels.span.reference import BETA_ONE, span_attention, visible, window
@@ -208,10 +205,6 @@ def test_the_pytorch_step_compiles_into_one_graph():
 # ---------------------------------------------------------------- the kernels, interpreted
 
 
-def version(package):
-    return tuple(int(part) for part in metadata.version(package).split(".")[:2])
-
-
 KERNEL_CASES = {
     # batch, query heads, head_dim, rules, sinks, capacity, first step, last step, keys of a program, dtype
     "rings that turn over, a head of several parts": (2, 4, 16, ((5, 0.0), (-20, 0.5), (0, 1.0), (130, 0.0)), 4, 200, 150, 152, 64, torch.float32),
@@ -250,19 +243,8 @@ def kernel_against_pytorch(name):
     return worst, all(torch.equal(a, b.nan_to_num(0)) for a, b in zip(*states.values(), strict=True))
 
 
-@pytest.fixture(scope="module")
-def interpreter():
-    if version("triton") < (3, 7) and version("numpy") >= (2, 4):
-        pytest.skip("Triton's interpreter of that age fails with this numpy")
-    with (
-        mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}),
-        concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool,
-    ):
-        yield pool
-
-
 @pytest.mark.parametrize("name", KERNEL_CASES)
-def test_the_kernels_equal_the_pytorch_step_in_output_and_state(interpreter, name):
+def test_the_kernels_equal_the_pytorch_step_in_output_and_state(interpreter, name):  # noqa: F811
     worst, same = interpreter.submit(kernel_against_pytorch, name).result()
     assert worst < (5e-6 if KERNEL_CASES[name][-1] == torch.float32 else 2e-3)
     assert same

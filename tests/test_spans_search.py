@@ -27,7 +27,7 @@ from attnconvert.kernels.span.reference import visible
 from attnconvert.surgery.methods.moa import MoaConfig
 from attnconvert.surgery.plan import ConversionPlan, LayerPlan
 from attnconvert.surgery.sites import Site, find_sites
-from attnconvert.surgery.spans.influence import add_costs, profile, response_logits
+from attnconvert.surgery.spans.influence import add_costs, first_keys, profile, response_logits
 from attnconvert.surgery.spans.planfile import read_plan, write_plan
 from attnconvert.surgery.spans.rules import DENSE, Rule, density, held_below, search_space
 from attnconvert.surgery.spans.solve import Problem, _Allocations, _results_alone_on_stdout, best_plan, pareto
@@ -105,7 +105,7 @@ def test_a_cost_is_half_the_square_of_what_a_row_loses_to_first_order(num_sinks:
     monkeypatch.setattr("attnconvert.surgery.spans.influence._TILE", tile)
     q, k, v, d_out = tensors()
     total = torch.zeros(2, len(RULES), dtype=torch.float64)
-    add_costs(q, k, v, d_out, 0.7, total, RULES, num_sinks)
+    add_costs(q, k, v, d_out, 0.7, total, first_keys(RULES, q.shape[2], num_sinks), num_sinks)
     dense = hidden_keys(q, k, v, 0.7, DENSE, 0)
     for number, rule in enumerate(RULES):
         effects = (d_out * (hidden_keys(q, k, v, 0.7, rule, num_sinks) - dense)).unflatten(1, (2, 2)).sum((2, 4))  # [1, G, T]
@@ -152,7 +152,7 @@ def test_the_profiled_attention_has_the_gradients_of_attention() -> None:
     q, k, v, d_out = tensors(13)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.7, enable_gqa=True).backward(d_out)
-    found = add_costs(q, k, v, d_out, 0.7, torch.zeros(2, 1), [DENSE], 2)
+    found = add_costs(q, k, v, d_out, 0.7, torch.zeros(2, 1), first_keys([DENSE], q.shape[2], 2), 2)
     for leaf, gradient in zip(leaves, found, strict=True):
         torch.testing.assert_close(gradient, leaf.grad)
 
@@ -160,8 +160,8 @@ def test_the_profiled_attention_has_the_gradients_of_attention() -> None:
 def test_16_bit_models_are_profiled_in_fp32() -> None:
     q, k, v, d_out = tensors(13, torch.bfloat16)
     narrow, wide = torch.zeros(2, len(RULES)), torch.zeros(2, len(RULES))
-    gradients = add_costs(q, k, v, d_out, 0.7, narrow, RULES, 2)
-    add_costs(q.float(), k.float(), v.float(), d_out.float(), 0.7, wide, RULES, 2)
+    gradients = add_costs(q, k, v, d_out, 0.7, narrow, first_keys(RULES, q.shape[2], 2), 2)
+    add_costs(q.float(), k.float(), v.float(), d_out.float(), 0.7, wide, first_keys(RULES, q.shape[2], 2), 2)
     assert torch.equal(narrow, wide)
     assert all(gradient.dtype == torch.bfloat16 for gradient in gradients)
 
@@ -171,7 +171,7 @@ def test_a_row_that_one_hidden_key_takes_whole_stays_finite() -> None:
     k = torch.zeros(1, 1, 6, 4)
     k[:, :, 2] = 30.0  # from token 2 on, all weight goes there
     total = torch.zeros(1, 1)
-    add_costs(q, k, torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4), 1.0, total, [Rule(1, 0.0)], 1)
+    add_costs(q, k, torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4), 1.0, total, first_keys([Rule(1, 0.0)], q.shape[2], 1), 1)
     assert total.isfinite().all()
 
 

@@ -245,11 +245,8 @@ def _check_family(loaded: LoadedRecipe, family: str) -> None:
 def _check_lengths(loaded: LoadedRecipe, config: Any) -> None:
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     recipe = loaded.recipe
-    lengths = {
-        "stages.transfer.length": recipe.stages.transfer.length,
-        "stages.finetune.length": recipe.stages.finetune.length,
-        "evaluate.length": recipe.evaluate.length,
-    }
+    stages = {"transfer": recipe.stages.transfer, "finetune": recipe.stages.finetune}
+    lengths = {f"stages.{name}.length": stage.length for name, stage in stages.items() if stage.tokens} | {"evaluate.length": recipe.evaluate.length}
     for number, rule in enumerate(recipe.layers):
         if limit is None or not isinstance(rule.config, MoaConfig) or not needs_search(rule.config):
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 try:  # guarded: transformers refuses a checkpoint whose files import, unguarded, a package that is not there
-    import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("the Triton kernels of attnconvert need the package triton (Linux, NVIDIA GPU)") from error
@@ -50,19 +48,9 @@ from attnconvert.kernels.linear.triton import (
     sink_grad_kernel,
     state_kernel,
 )
+from attnconvert.kernels.registration import INTERPRETED, architecture, namespace, register, runs_here
 
-# Ops are registered once per module: a copy of this file that travels with a checkpoint must not meet the package's, or another checkpoint's.
-NAMESPACE = "attnconvert" if __name__.startswith("attnconvert.") else "attnconvert_" + hashlib.sha256(__name__.encode()).hexdigest()[:12]
-
-
-# Read once, here: torch.compile traces `refusal` and can ask neither a device nor the environment.
-_INTERPRETED = triton.knobs.runtime.interpret
-_ARCHITECTURES = tuple(10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
-
-
-def _arch(device: int) -> int:
-    """10 * major + minor of a GPU's compute capability; -1, the interpreter on a CPU, takes an H100's blocks."""
-    return _ARCHITECTURES[device] if device >= 0 else 90
+NAMESPACE = namespace(__name__)
 
 
 def _segments(num_chunks: int, heads: int) -> tuple[int, int]:
@@ -94,7 +82,7 @@ def refusal(q: Tensor, k: Tensor, *, query_map: Tensor | None, linear_log_weight
     H, D = q.shape[2:]
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtype {q.dtype} is not bfloat16, float16 or float32"
-    if not q.is_cuda and not _INTERPRETED:
+    if not q.is_cuda and not INTERPRETED:
         return f"the tensors are on {q.device.type}, the kernels need an NVIDIA GPU"
     if D > MAX_HEAD_DIM:
         return f"head_dim {D} is larger than {MAX_HEAD_DIM}"
@@ -106,7 +94,7 @@ def refusal(q: Tensor, k: Tensor, *, query_map: Tensor | None, linear_log_weight
         return f"the log weight has shape {list(linear_log_weight.shape)}, not one value per head"
     if q.is_cuda and query_map is not None:
         # compiled ahead of time: these ask for more shared memory than a block has (8.0: 163 KiB; 8.6, 8.9, 12.x: 99 KiB)
-        arch, large = _arch(q.get_device()), _pow2(D) * _pow2(query_map.shape[-1]) > 128 * 64
+        arch, large = architecture(q.get_device()), _pow2(D) * _pow2(query_map.shape[-1]) > 128 * 64
         small = arch // 10 != 9 and arch // 10 != 10 and arch != 80
         if (needs_grad and ((small and large) or (arch == 80 and D > 128))) or (small and D > 128 and q.dtype == torch.float16):
             return f"head_dim {D} with {query_map.shape[-1]} features per half needs more shared memory than compute capability {arch / 10} has"
@@ -197,7 +185,7 @@ def _forward_plan(
     map_dtype = query_map and query_map[2]
     window_max, gates, size = reference == "window_max", query_gate is not None, sizes.segment_size
     layout = _forward_layout(sizes, dtype, map_dtype, window_max=window_max, save=save, final=final_chunk is not None)
-    blocks = _blocks(D, F, dtype != torch.float32, _arch(device), between)
+    blocks = _blocks(D, F, dtype != torch.float32, architecture(device), between)
     DP, FP, BV, CS, BM, BN = (blocks[name] for name in ("DP", "FP", "BV", "CS", "BM", "BN"))
     LT, _, precision = _linear_type(dtype)
     has_start, has_fold = start is not None, fold is not None
@@ -272,7 +260,7 @@ def _backward_plan(
     B, T, _, H, GS, D, F, linear, num_chunks, seg_chunks, num_segs = sizes
     map_dtype = query_map and query_map[2]
     window_max, gates, size, R = reference == "window_max", query_gate is not None, sizes.segment_size, H // GS
-    blocks = _blocks(D, F, dtype != torch.float32, _arch(device), between)
+    blocks = _blocks(D, F, dtype != torch.float32, architecture(device), between)
     DP, FP, BV, CS, BM, BN = (blocks[name] for name in ("DP", "FP", "BV", "CS", "GBM", "GBN"))
     LT, state_dtype, precision = _linear_type(dtype)
     has_start, fp32 = start is not None, torch.float32
@@ -390,22 +378,10 @@ def _backward_shapes(
     return _empty_gradients(q, k, v, query_map, key_map, log_weight, query_gate, key_gate)
 
 
-# Plain registrations and an autograd.Function, not torch.library.custom_op: its checks cost more host time a call than the kernels take on
-# a small model. A module executed again (a checkpoint's code, reloaded) drops its old registrations first.
-_LIBRARY = None
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-for _name, _function, _shapes in (("linear_attention_forward", _forward, _forward_shapes), ("linear_attention_backward", _backward, _backward_shapes)):
-    _LIBRARY.define(_name + torch.library.infer_schema(_function, mutates_args=()))
-    for _device in ("CUDA", "CPU"):
-        _LIBRARY.impl(_name, _function, _device)
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _shapes, lib=_LIBRARY)
+_LIBRARY = None  # of an earlier execution of this module
+_LIBRARY = register(NAMESPACE, {"linear_attention_forward": (_forward, _forward_shapes), "linear_attention_backward": (_backward, _backward_shapes)})
 _forward_op = getattr(torch.ops, NAMESPACE).linear_attention_forward.default
 _backward_op = getattr(torch.ops, NAMESPACE).linear_attention_backward.default
-
-
-def _runs_here(q: Tensor) -> bool:
-    """Whether to call the implementation itself: the dispatcher's way to it costs as much as the launches, and only those who trace or transform need it."""
-    return not (torch.compiler.is_compiling() or type(q) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
 
 class _LinearAttention(torch.autograd.Function):
@@ -417,7 +393,7 @@ class _LinearAttention(torch.autograd.Function):
         start: Tensor | None, window_size: int, window_kind: str, num_sinks: int, scale: float, reference: str, between: bool,
     ) -> Tensor:  # fmt: skip
         inputs = (q, k, v, query_map, key_map, log_weight, query_gate, key_gate, start)
-        run = _forward if _runs_here(q) else _forward_op
+        run = _forward if runs_here(q) else _forward_op
         output, memory = run(*inputs, None, None, None, window_size, window_kind, num_sinks, 0, scale, reference, between, True)
         ctx.save_for_backward(*inputs, output, memory)
         ctx.options = (window_size, window_kind, num_sinks, scale, reference, between)
@@ -426,7 +402,7 @@ class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        run: Callable[..., tuple[Tensor, ...]] = _backward if _runs_here(grad) else _backward_op
+        run: Callable[..., tuple[Tensor, ...]] = _backward if runs_here(grad) else _backward_op
         dq, dk, dv, query_map, key_map, log_weight, query_gate, key_gate = run(*saved, grad, *ctx.options)
         linear, gates = saved[3] is not None, saved[6] is not None
         maps = (query_map, key_map, log_weight) if linear else (None, None, None)
@@ -468,7 +444,7 @@ def _first_state(
     chunk = min(end // STATE_DISTANCE, (T - 1) // STATE_DISTANCE)
     linear = query_map is not None
     final_chunk = torch.full((B,), chunk, dtype=torch.int32, device=q.device) if linear else None
-    run = _forward if _runs_here(q) else _forward_op
+    run = _forward if runs_here(q) else _forward_op
     output, memory = run(
         q, heads_k, heads_v, query_map, key_map, log_weight, query_gate, key_gate, None, None, None, final_chunk, window_size, window_kind, num_sinks, 0, scale, reference, between, False
     )  # fmt: skip
@@ -525,7 +501,7 @@ def _with_state(
     end = document + window_start(last - document, window_size, window_kind)  # keys before it are in the outgoing state
     chunk = (end // STATE_DISTANCE).clamp(0, last // STATE_DISTANCE)
     final_chunk = chunk.to(torch.int32) if output_final_state and features else None
-    run = _forward if _runs_here(q) else _forward_op
+    run = _forward if runs_here(q) else _forward_op
     output, memory = run(
         q, heads_k, heads_v, query_map, key_map, log_weight, query_gate, key_gate, starts, fold, initial, final_chunk, window_size, window_kind, num_sinks, prefix, scale, reference, between, False
     )  # fmt: skip
@@ -590,5 +566,5 @@ def triton_linear_attention(
     inputs = (q, heads_k, heads_v, *parameters)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return LinearOutput(_LinearAttention.apply(*inputs, starts, *options, scale, reference, between), None)
-    run = _forward if _runs_here(q) else _forward_op
+    run = _forward if runs_here(q) else _forward_op
     return LinearOutput(run(*inputs, starts, None, None, None, *options, 0, scale, reference, between, False)[0], None)

@@ -24,6 +24,7 @@ except ImportError as error:
     raise ImportError("this file needs triton; the PyTorch form of the step does not") from error
 
 from attnconvert.kernels.launch import MAX_PLANS, Launch, Layout, Plan, signature
+from attnconvert.kernels.registration import INTERPRETED, namespace
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FRACTION_BITS = tl.constexpr(16)  # of beta, see `slots`
@@ -166,7 +167,7 @@ def step_refusal(device_type: str, dtype: torch.dtype, head_dim: int, group: int
     """Why the kernels cannot take a step, or None. `group`: query heads per KV head."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
-    if device_type != "cuda" and not triton.knobs.runtime.interpret:
+    if device_type != "cuda" and not INTERPRETED:
         return f"the tensors are on {device_type}, Triton needs CUDA"
     if head_dim > MAX_HEAD_DIM:
         return f"head_dim {head_dim} is more than {MAX_HEAD_DIM}"
@@ -241,8 +242,7 @@ def _launch(
     return out
 
 
-# A checkpoint's copy of this file has another name, so that it can live beside the package and beside other checkpoints' copies.
-NAMESPACE = "attnconvert" if __name__.startswith("attnconvert.") else "attnconvert_" + "".join(c if c.isalnum() else "_" for c in __name__)
+NAMESPACE = namespace(__name__)
 _op = torch.library.custom_op(
     f"{NAMESPACE}::span_attention_step",
     _launch,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from typing import Any
 
 import torch
@@ -15,29 +14,20 @@ except ImportError as error:
     raise ImportError("the Triton kernels of attnconvert need the package triton (Linux, NVIDIA GPU)") from error
 
 from attnconvert.kernels.launch import MAX_PLANS, Launch, Layout, Plan, signature
+from attnconvert.kernels.registration import INTERPRETED, architecture, namespace, register, runs_here
 from attnconvert.kernels.span.triton import MAX_HEAD_DIM, SINK_BLOCK, _blocks, forward_kernel, key_grad_kernel, query_grad_kernel, sink_grad_kernel
 
-# Ops are registered once per module: a copy of this file that travels with a checkpoint must not meet the package's, or another checkpoint's.
-NAMESPACE = "attnconvert" if __name__.startswith("attnconvert.") else "attnconvert_" + hashlib.sha256(__name__.encode()).hexdigest()[:12]
+NAMESPACE = namespace(__name__)
 SEGMENT_TOKENS = 1024  # queries whose gradients for a document's sinks are summed together, at least; a power of 2, as all blocks are
 MAX_SEGMENTS = 32  # each has such sums, in fp32, for every KV head
-
-# Read once, here: torch.compile traces `refusal` and can ask neither a device nor the environment.
-_INTERPRETED = triton.knobs.runtime.interpret
-_ARCHITECTURES = tuple(10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
-
-
-def _arch(device: int) -> int:
-    """10 * major + minor of a GPU's compute capability; -1, the interpreter on a CPU, takes an H100's blocks."""
-    return _ARCHITECTURES[device] if device >= 0 else 90
 
 
 def refusal(q: Tensor, k: Tensor) -> str | None:
     """Why the kernels cannot take these inputs, or None."""
     H, D = q.shape[2:]
-    if q.dtype not in (torch.bfloat16, torch.float16) and not (q.dtype == torch.float32 and _INTERPRETED):
+    if q.dtype not in (torch.bfloat16, torch.float16) and not (q.dtype == torch.float32 and INTERPRETED):
         return f"dtype {q.dtype} is not bfloat16 or float16"
-    if not q.is_cuda and not _INTERPRETED:
+    if not q.is_cuda and not INTERPRETED:
         return f"the tensors are on {q.device.type}, the kernels need an NVIDIA GPU"
     if D > MAX_HEAD_DIM:
         return f"head_dim {D} is larger than {MAX_HEAD_DIM}"
@@ -50,7 +40,7 @@ def _recipe(q: Any, k: Any, start: Any) -> tuple[dict[str, Any], dict[str, Any]]
     """(blocks, the constexprs that all kernels share) for tensors of such signatures."""
     (_, _, H, D), _, dtype, device = q
     G = k[0][2]
-    blocks = _blocks(D, dtype != torch.float32, _arch(device))
+    blocks = _blocks(D, dtype != torch.float32, architecture(device))
     precision = "ieee" if dtype == torch.float32 else "tf32"
     return blocks, {"R": H // G, "D": D, "DP": blocks["DP"], "HAS_START": start is not None, "PREC": precision}
 
@@ -83,12 +73,8 @@ def _forward_plan(tensors: tuple[Any, ...], num_sinks: int, scale: float) -> Pla
         num_sinks,
         scale,
     )
-    launch = Launch(forward_kernel, (B * H * tiles,), arguments, flags | {"GP": _pow2(G), "BM": BM, "BN": BN}, options)
+    launch = Launch(forward_kernel, (B * H * tiles,), arguments, flags | {"GP": triton.next_power_of_2(G), "BM": BM, "BN": BN}, options)
     return Plan(q[3], ("q", "k", "v", "alpha", "beta", "least", "start", "output", "lse"), [launch], {})
-
-
-def _pow2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _forward(
@@ -108,7 +94,7 @@ def _backward_plan(tensors: tuple[Any, ...], num_sinks: int, scale: float) -> tu
     q, k, v, _, _, _, start, grad = tensors
     (B, T, H, D), G = q[0], k[0][2]
     blocks, flags = _recipe(q, k, start)
-    segment = max(SEGMENT_TOKENS, _pow2(-(-T // MAX_SEGMENTS)))
+    segment = max(SEGMENT_TOKENS, triton.next_power_of_2(-(-T // MAX_SEGMENTS)))
     segments = -(-T // segment)
     sinks = -(-num_sinks // SINK_BLOCK) * SINK_BLOCK
     layout = Layout()
@@ -116,7 +102,7 @@ def _backward_plan(tensors: tuple[Any, ...], num_sinks: int, scale: float) -> tu
     layout.add("part", (B, G, segments, 2, sinks, D) if segments > 1 else (0,), torch.float32)
     rules = ("alpha", "beta", "least", "start" if start else None)
     strides = (*q[1][:3], *k[1][:3], *v[1][:3], *grad[1][:3])
-    ranked = {"GP": _pow2(G)}
+    ranked = {"GP": triton.next_power_of_2(G)}
     launches = []
     for name, kernel in (("query", query_grad_kernel), ("sink", sink_grad_kernel), ("key", key_grad_kernel)):
         BM, BN, options = blocks[name]
@@ -185,22 +171,10 @@ def _backward_shapes(
     return dq, dk, dv
 
 
-# Plain registrations and an autograd.Function, not torch.library.custom_op: its checks cost more host time a call than the kernels take on
-# a small model. A module executed again (a checkpoint's code, reloaded) drops its old registrations first.
-_LIBRARY = None
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-for _name, _function, _shapes in (("span_attention_forward", _forward, _forward_shapes), ("span_attention_backward", _backward, _backward_shapes)):
-    _LIBRARY.define(_name + torch.library.infer_schema(_function, mutates_args=()))
-    for _device in ("CUDA", "CPU"):
-        _LIBRARY.impl(_name, _function, _device)
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _shapes, lib=_LIBRARY)
+_LIBRARY = None  # of an earlier execution of this module
+_LIBRARY = register(NAMESPACE, {"span_attention_forward": (_forward, _forward_shapes), "span_attention_backward": (_backward, _backward_shapes)})
 _forward_op = getattr(torch.ops, NAMESPACE).span_attention_forward.default
 _backward_op = getattr(torch.ops, NAMESPACE).span_attention_backward.default
-
-
-def _runs_here(q: Tensor) -> bool:
-    """Whether to call the implementation itself: the dispatcher's way to it costs as much as the launches, and only those who trace or transform need it."""
-    return not (torch.compiler.is_compiling() or type(q) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
 
 class _SpanAttention(torch.autograd.Function):
@@ -210,7 +184,7 @@ class _SpanAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, least: Tensor, start: Tensor | None, num_sinks: int, scale: float
     ) -> Tensor:
-        run: Any = _forward if _runs_here(q) else _forward_op
+        run: Any = _forward if runs_here(q) else _forward_op
         output, lse = run(q, k, v, alpha, beta, least, start, num_sinks, scale)
         ctx.save_for_backward(q, k, v, alpha, beta, least, start, output, lse)
         ctx.options = (num_sinks, scale)
@@ -218,7 +192,7 @@ class _SpanAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        run: Any = _backward if _runs_here(grad) else _backward_op
+        run: Any = _backward if runs_here(grad) else _backward_op
         return *run(*ctx.saved_tensors, grad, *ctx.options), *[None] * 6
 
 
@@ -234,5 +208,5 @@ def triton_span_attention(
     starts = None if start is None else start.to(torch.int32).contiguous()
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return _SpanAttention.apply(q, k, v, alpha, beta, least, starts, num_sinks, scale)  # type: ignore[no-any-return]
-    run: Any = _forward if _runs_here(q) else _forward_op
+    run: Any = _forward if runs_here(q) else _forward_op
     return run(q, k, v, alpha, beta, least, starts, num_sinks, scale)[0]  # type: ignore[no-any-return]

@@ -114,10 +114,11 @@ def profile(
     counts: dict[int, int] = {}
     losses: dict[int, float] = {}
     current: dict[int, Tensor] = {}
+    lowest: dict[tuple[int, int], Tensor] = {}
     generator = torch.Generator(device).manual_seed(seed)
 
     def attend(idx: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        out: Tensor = _Profiled.apply(q, k, v, scaling, current[idx], rules, num_sinks[idx])
+        out: Tensor = _Profiled.apply(q, k, v, scaling, current[idx], lowest[q.shape[2], num_sinks[idx]], num_sinks[idx])
         return out
 
     with ExitStack() as stack:
@@ -127,6 +128,9 @@ def profile(
         for done, (input_ids, response) in enumerate(items, start=1):
             length = int(input_ids.shape[0])
             own = sums.setdefault(length, {idx: torch.zeros(G, len(rules), dtype=torch.float64) for idx, G in heads.items()})
+            for sinks in {num_sinks[idx] for idx in heads}:
+                if (length, sinks) not in lowest:
+                    lowest[length, sinks] = first_keys(rules, length, sinks).to(device)
             current.update({idx: torch.zeros(G, len(rules), device=device) for idx, G in heads.items()})
             logits = response_logits(model, input_ids.to(device), response)
             said = logits.detach().softmax(-1)
@@ -164,28 +168,32 @@ class _Profiled(torch.autograd.Function):
     """Causal softmax attention; its backward pass adds what each rule costs to `total` [G, R]."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scaling: float, total: Tensor, rules: Sequence[Rule], num_sinks: int) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scaling: float, total: Tensor, lowest: Tensor, num_sinks: int) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.scaling, ctx.total, ctx.rules, ctx.num_sinks = scaling, total, rules, num_sinks
+        ctx.scaling, ctx.total, ctx.lowest, ctx.num_sinks = scaling, total, lowest, num_sinks
         return softmax_attention(q, k, v, scaling=scaling, start=None)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = add_costs(q, k, v, gradients[0], ctx.scaling, ctx.total, ctx.rules, ctx.num_sinks)
+        dq, dk, dv = add_costs(q, k, v, gradients[0], ctx.scaling, ctx.total, ctx.lowest, ctx.num_sinks)
         return dq, dk, dv, None, None, None, None
 
 
-def add_costs(
-    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, scaling: float, total: Tensor, rules: Sequence[Rule], num_sinks: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def first_keys(rules: Sequence[Rule], length: int, num_sinks: int) -> Tensor:
+    """The first key of each query's window, past the sinks: int64 [T, R] on the CPU."""
+    position = torch.arange(length)
+    return torch.stack([(position + 1 - windows(rule, position)).clamp_min(num_sinks) for rule in rules], 1)
+
+
+def add_costs(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, scaling: float, total: Tensor, lowest: Tensor, num_sinks: int) -> tuple[Tensor, Tensor, Tensor]:
     """Adds the sum over rows of e^2 / 2 to `total` and returns the gradients of q, k and v.
 
     Args:
         q, d_out: [B, H, T, D]. k, v: [B, G, T, D].
         scaling: factor on q.k.
         total: [G, R], changed in place.
-        rules: R rules.
+        lowest: [T, R], from `first_keys`, on the same device.
         num_sinks: first tokens that no rule hides.
     """
     B, H, T, D = q.shape
@@ -197,8 +205,6 @@ def add_costs(
     dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
     position = torch.arange(T, device=q.device)
     tile = max(_TILE, _TILE_NUMBERS // (B * H * T)) if q.is_cuda else _TILE
-    on_cpu = torch.arange(T)
-    lowest = torch.stack([(on_cpu + 1 - windows(rule, on_cpu)).clamp_min(num_sinks) for rule in rules], 1).to(q.device)  # [T, R], first key of the window
     for first in range(0, T, tile):
         stop = min(T, first + tile)
         rows = slice(first, stop)
