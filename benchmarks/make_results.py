@@ -512,7 +512,7 @@ def milliseconds(value: float) -> str:
 
 def kernel_speed() -> str:
     """Every row of our kernels beside its floor, its goal and the best rival."""
-    found = load("kernels_linear*.json")
+    found = [*load("kernels_linear_h100.json"), *load("kernels_linear_decode_h100.json")]
     ours = [row for _, row in found if row["impl"] == "triton"]
     if not ours:
         return ""
@@ -549,7 +549,8 @@ def kernel_speed() -> str:
             "goal",
         ]
         text += f"### {title.capitalize()}\n{table(header, body)}\n"
-    return text + kernel_rivals(found) + f"{where(meta)}\n\n"
+    sources = {meta["command"]: meta for meta, _ in found}
+    return text + kernel_rivals(found) + "".join(f"{where(meta)}\n\n" for meta in sources.values())
 
 
 def kernel_profile() -> str:

@@ -122,8 +122,12 @@ def run(args: argparse.Namespace) -> None:
     else:
         settings: Any = layer_settings(recipe, plan)
         search = search_spans(student.eval(), tokenizer, prepared.sites, settings, recipe.data, seed=args.seed, cache=args.cache, note=print)
-        print("SEARCH", json.dumps({key: found for key, found in search.to_dict().items() if key != "front"}), flush=True)
-        measure.result["search"] = search.to_dict()
+        found = search.to_dict()
+        print("SEARCH", json.dumps({key: entry for key, entry in found.items() if key != "front"}), flush=True)
+        for at, tried in enumerate(found["front"]):
+            if at != found["chosen"]:
+                del tried["rules"]
+        measure.result["search"] = found
         rules = {length: {idx: list(own) for idx, own in search.chosen.rules.items()} for length in args.lengths}
     plan = with_span_rules(plan, {idx: [(rule.alpha, rule.beta) for rule in own] for idx, own in rules[max(args.lengths)].items()})
     swap(student, plan)

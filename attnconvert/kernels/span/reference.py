@@ -13,16 +13,13 @@ Its lower edge n + 1 - window(n) never moves back: a key that has left is never 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 
+from attnconvert.kernels.softmax import QUERY_CHUNK, masked_attention, recomputed
 from attnconvert.kernels.span.slots import window_at
 
 BETA_ONE = 65536  # beta = 1; integers, so that every device and every language finds the same window
-QUERY_CHUNK = 256  # queries whose keys are looked up together
 
 
 def window(position: Tensor, alpha: Tensor, beta: Tensor, least: Tensor | int = 1) -> Tensor:
@@ -40,25 +37,6 @@ def visible(query_position: Tensor, key_position: Tensor, alpha: Tensor, beta: T
     """Which queries see which keys: bool, of the shape that all arguments broadcast to. Positions are int64; a negative one is no key's."""
     recent = key_position > query_position - window(query_position, alpha, beta, least)
     return (key_position >= 0) & (key_position <= query_position) & (recent | (key_position < num_sinks))
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Softmax attention in fp32 (fp64 for fp64). q: [B, C, H, D]; k, v: [B, S, G, D]; mask: bool [B or 1, H or 1, C, S] -> [B, C, H, D]."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    R = q.shape[2] // k.shape[2]
-    queries, keys, values = (x.to(wide).transpose(1, 2) for x in (q, k, v))
-    if R > 1:
-        keys, values = (x.repeat_interleave(R, 1) for x in (keys, values))  # SDPA's fused kernels do not take a mask with grouped heads
-    out = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2).to(q.dtype)
-
-
-def _recomputed(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *options: object) -> Tensor:
-    """`function` of all arguments; where gradients are wanted, its masks and logits are computed again rather than kept."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        out: Tensor = torch.utils.checkpoint.checkpoint(function, q, k, v, *options, use_reentrant=False, preserve_rng_state=False)
-        return out
-    return function(q, k, v, *options)
 
 
 def _chunk(q: Tensor, k: Tensor, v: Tensor, first: int, rule: tuple[int, int, int], num_sinks: int, scale: float, start: Tensor | None) -> Tensor:
@@ -88,12 +66,12 @@ def _chunk(q: Tensor, k: Tensor, v: Tensor, first: int, rule: tuple[int, int, in
             key = torch.cat([torch.where(far < low, far, -1), key], 1)  # a sink at or after `low` is there already
         query, key = query - begin, key[:, None] - begin
     mask = visible(query, key, alpha, beta, num_sinks, least)
-    return _attention(q, keys, values, mask[:, None], scale)
+    return masked_attention(q, keys, values, mask[:, None], scale)
 
 
 def _one_rule(q: Tensor, k: Tensor, v: Tensor, rule: tuple[int, int, int], num_sinks: int, scale: float, start: Tensor | None) -> Tensor:
     """`span_attention` of heads with one rule."""
-    chunks = [_recomputed(_chunk, rows, k, v, at * QUERY_CHUNK, rule, num_sinks, scale, start) for at, rows in enumerate(q.split(QUERY_CHUNK, 1))]
+    chunks = [recomputed(_chunk, rows, k, v, at * QUERY_CHUNK, rule, num_sinks, scale, start) for at, rows in enumerate(q.split(QUERY_CHUNK, 1))]
     return torch.cat(chunks, 1)
 
 
@@ -153,5 +131,5 @@ def attend(
             rows = slice(first, first + QUERY_CHUNK)
             mask = visible(query_position[:, None, rows, None], key_position[:, :, None], alpha, beta, num_sinks, least)
             mask = mask | ~mask.any(-1, keepdim=True)
-            chunks.append(_recomputed(_attention, q[:, rows], k, v, mask.repeat_interleave(R, 1), scale))
+            chunks.append(recomputed(masked_attention, q[:, rows], k, v, mask.repeat_interleave(R, 1), scale))
     return torch.cat(chunks, 1)
