@@ -190,6 +190,7 @@ def linearize(
         "attnconvert sparsify HuggingFaceTB/SmolLM2-135M-Instruct --recipe moa --set layers.0.config.density=0.25 --out smol-moa",
         "attnconvert sparsify ./my-model --recipe duo-attention --set data.source=my-text/",
         "attnconvert sparsify ./my-model --recipe streaming-llm --set stages.finetune.tokens=0",
+        "attnconvert sparsify ./my-long-model --recipe infllm-v2 --set data.source=long-text/",
     ),
 )
 def sparsify(
@@ -211,7 +212,7 @@ def sparsify(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Give every KV head an attention span of its own: search, plan, train, save, measure.
+    """Leave keys out of softmax attention, far ones (spans per KV head) or unfit ones (blocks chosen per token): plan, train, save, measure.
 
     Like `convert`, with a recipe whose methods all belong to the sparsify family.
     """
@@ -839,6 +840,61 @@ def bench(
             _say(f"wrote {', '.join(map(str, [benchmark.result_file(folder), *(folder / name for name in result['plots'])]))}")
     if result["interrupted"]:
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@app.command(
+    "tune-switch",
+    rich_help_panel=_USE,
+    epilog=_examples(
+        "attnconvert tune-switch my-model-infllm-v2 --device cuda",
+        "attnconvert tune-switch my-model-infllm-v2 --lengths 8192,16384,32768,65536 --for decode --batch-size 8",
+        "attnconvert tune-switch my-model-infllm-v2 --dry-run --json",
+    ),
+)
+def tune_switch(
+    folder: Folder,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", rich_help_panel=_RUN_PANEL, show_default="growing ones, as far as the model goes", help="Context lengths in tokens."),
+    ] = None,
+    goal: Annotated[
+        str, typer.Option("--for", metavar="WHAT", rich_help_panel=_RUN_PANEL, help="What must not be slower when sparse: prefill, decode or both.")
+    ] = "both",
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, rich_help_panel=_RUN_PANEL, help="Sequences at a time.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", rich_help_panel=_OUT_PANEL, help="Measure, and change nothing.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure from which context on block-sparse layers are faster than dense ones here, and write it into the checkpoint as dense_len.
+
+    For models of the recipes infllm-v2 and moba. The model's text changes with dense_len, slightly: between the old and the new length it sees more or fewer keys.
+    """
+    _check_choice("dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
+    _check_choice("for", goal, ("prefill", "decode", "both"))
+    _check_device(device)
+    asked = _sizes("lengths", lengths)
+    with _libraries(verbose):
+        from attnconvert.convert import switch
+
+        with RunUi(_stderr(), quiet=quiet) as ui:
+            report = switch.tune_switch(
+                folder,
+                device=_resolved(device),
+                dtype=dtype,
+                lengths=asked,
+                batch_size=batch_size,
+                goal=cast(Any, goal),
+                dry_run=dry_run,
+                progress=ui.on_eval,
+                note=ui.note,
+            )
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _show(switch.render_switch(report), _stdout())
 
 
 @app.command(

@@ -389,6 +389,36 @@ def moa_search(variant: str, search: dict[str, Any]) -> str:
     )
 
 
+def infllm() -> str:
+    """Block-sparse attention on whole models, beside a uniform window with as many visible keys."""
+    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("infllm-*.json"))]
+    text = ""
+    for model in dict.fromkeys(row["model"] for data in files for row in data["rows"]):
+        mine = [data for data in files if data["rows"] and data["rows"][0]["model"] == model]
+        rows = [row for data in mine for row in data["rows"]]
+        sources = {(r["length"], r["tokens"]): r for _, r in load(f"moa-{model}-source.json")}
+        body = []
+        for length in sorted({row["length"] for row in rows}):
+            here = [row for row in rows if row["length"] == length]
+            body.append([f"{length:,}", "the source", "0", "1", number(here[0]["teacher_ppl"], 3), "1", "-", "0", "1", number(here[0]["teacher_passkey"], 2), thirds(here[0]["teacher_passkey_by_third"])])  # fmt: skip
+            for row in sorted(here, key=lambda r: (not r["variant"].startswith("window"), r["tokens"])):
+                other = sources.get((length, row["tokens"]))
+                name = f"window of {int(row['variant'].rpartition('-')[2]):,}" if row["variant"].startswith("window") else "blocks"
+                body.append(
+                    [
+                        f"{length:,}", name, f"{row['tokens'] / 1e6:.1f} M" if row["tokens"] else "0", number(row["density"], 3), number(row["ppl"], 3), number(row["ppl_ratio"], 4),
+                        "-" if other is None else number(row["ppl"] / other["ppl"], 4), number(row["kl"], 4), number(row["agreement"], 3), number(row["passkey"], 2), thirds(row["passkey_by_third"]),
+                    ]
+                )  # fmt: skip
+        header = ["tokens", "attention", "trained on", "keys seen", "ppl", "ratio", "over source, same tokens", "KL", "agreement", "pass-key", "by third"]
+        first = rows[0]
+        text += f"### {model}\nThe first tokens of the same {first['eval_tokens'] // first['length']} held-out documents, against the source. `keys seen`: share of them at the end of such a context. `window`: one fixed window for all heads with as\n"
+        text += f"many keys, sinks included. Pass-key: {first['passkey_trials']} prompts a length, right key first of ten (chance .10); by third: keys that lie early, in the middle, late.\n\n{table(header, body)}\n"
+        for line in dict.fromkeys(where(data["meta"]) for data in mine):
+            text += f"{line}\n\n"
+    return "## Figures\n" + text if text else ""
+
+
 def memory() -> str:
     """Peak memory of transfer."""
     found = load("transfer_memory*.json")
@@ -758,6 +788,91 @@ def span_decode() -> str:
     return text + f"\n{where(found[0][0])}\n\n"
 
 
+BLOCK_ROWS = {"infllm.prefill": "prefill", "infllm.forward_backward": "forward + backward"}
+BLOCK_DATA = {"model": "a model's", "random": "random"}
+
+
+def block_figures() -> str:
+    """The block of docs/kernels.md about block-sparse attention."""
+    found = load("blocks_h100.json")
+    ours = [row for _, row in found if row["impl"] == "triton"]
+    if not ours:
+        return block_decode()
+    meta = found[0][0]
+    text = f"Measured in that run: bf16 matrix product {meta['ceilings']['gemm_flop_per_s'] / 1e12:.0f} TFLOP/s, at which the floor takes the products of visible pairs and of queries with compressed keys. Batch 1, head_dim {ours[0]['D']},\n{meta['rule']['num_blocks']} blocks of {meta['rule']['block_size']}, always sparse; times in ms, selection included. `x`: how many times faster ours is.\n\n"
+    for name, title in BLOCK_ROWS.items():
+        body = []
+        for r in sorted((r for r in ours if r["name"] == name), key=lambda r: (r["data"], r["G"], r["T"])):
+            line = [BLOCK_DATA[r["data"]], f"{r['H']} / {r['G']}", f"{r['T']:,}"]
+            if r["ms"] is None:
+                body.append([*line, "-", milliseconds(r["floor_ms"]), r.get("note", "-"), "-", "-", "-"])
+                continue
+            rivals = [r["rivals"].get(rival) for rival in ("cudnn", "fa3", "fla-nsa")]
+            cells = [f"{milliseconds(other)}, {other / r['ms']:.2f} x" if other is not None else "-" for other in rivals]
+            goal = "-"
+            if r["data"] == "model" and "goal_ms" in r:
+                goal = f"{r['goal_ms']:g}, {'met' if r['ms'] <= r['goal_ms'] else 'missed'}"
+            elif r["data"] == "model" and name == "infllm.forward_backward" and rivals[0] is not None and r["T"] == 65536:
+                goal = f"{milliseconds(rivals[0] / 2)}, {'met' if r['ms'] <= rivals[0] / 2 else 'missed'}"
+            body.append([*line, milliseconds(r["ms"]), milliseconds(r["floor_ms"]), number(r["ms"] / r["floor_ms"], 2), *cells, goal])
+        if body:
+            header = [
+                "queries and keys",
+                "heads / KV heads",
+                "tokens",
+                "ms",
+                "floor",
+                "x floor",
+                "dense, cuDNN",
+                "dense, FlashAttention-3",
+                "fla NSA, 64 blocks, no selection",
+                "goal",
+            ]
+            text += f"### Blocks, {title}\n{table(header, body)}\n"
+    parts = ("compress_kernel", "coarse_kernel", "scores_kernel", "choose_kernel", "forward_kernel", "pack_kernel", "query_grad_kernel", "key_grad_kernel")
+    body = [
+        [
+            BLOCK_ROWS[r["name"]],
+            BLOCK_DATA[r["data"]],
+            f"{r['H']} / {r['G']}",
+            f"{r['T']:,}",
+            *(f"{r['kernel_us'][part]:,.0f}" if part in r["kernel_us"] else "-" for part in parts),
+        ]
+        for r in sorted((r for r in ours if "kernel_us" in r), key=lambda r: (r["name"] != "infllm.prefill", r["data"], r["G"], r["T"]))
+    ]
+    if body:
+        text += f"### Blocks, where the time goes (microseconds per kernel)\n{table(['pass', 'queries and keys', 'heads / KV heads', 'tokens', *(part.removesuffix('_kernel') for part in parts)], body)}\n"
+    return text + f"{where(meta)}\n\n" + block_decode()
+
+
+def block_decode() -> str:
+    """One step with blocks, beside dense attention over the same cache."""
+    found = load("blocks_decode*.json")
+    body = []
+    for _, r in sorted(
+        ((m, r) for m, r in found if r["impl"] == "triton" and r["ms"] is not None),
+        key=lambda pair: (pair[1]["H"] // pair[1]["G"], pair[1]["B"], pair[1]["context"]),
+    ):
+        dense = [o for _, o in found if o["impl"] != "triton" and o["ms"] is not None and all(o[x] == r[x] for x in ("B", "H", "G", "D", "context"))]
+        best = min(dense, key=lambda other: other["ms"], default=None)
+        rival = ("-", "-") if best is None else (f"{best['impl']} {milliseconds(best['ms'])}", number(best["ms"] / r["ms"], 2))
+        body.append(
+            [
+                f"{r['H']} / {r['G']}",
+                str(r["B"]),
+                f"{r['context']:,}",
+                milliseconds(r["ms"]),
+                milliseconds(r["floor_ms"]),
+                number(r["ms"] / r["floor_ms"], 2),
+                *rival,
+            ]
+        )
+    if not body:
+        return ""
+    text = "### Blocks, decode step\nOne token of each row, selection and compressed keys included, in a CUDA graph of steps over caches that exceed the L2 cache together. Ours writes the new key and value, dense attention\n(the fastest of SDPA's `flash` and `cudnn`, and `fa3`) only reads.\n\n"
+    return text + table(["heads / KV heads", "batch", "context", "ms", "floor", "x floor", "dense", "times faster"], body) + f"\n{where(found[0][0])}\n\n"
+
+
 def plot_kernels(path: Path, rows: list[dict[str, Any]], names: dict[str, str], ours_label: str) -> bool:
     """Time against length, one panel per name; False when there is nothing to draw.
 
@@ -837,8 +952,10 @@ def main() -> None:
     kernels = ROOT / "docs" / "kernels.md"
     fill(kernels, "linear", linear_figures())
     fill(kernels, "span", span_figures())
+    fill(kernels, "blocks", block_figures())
     fill(kernels, "models", generation())
     fill(ROOT / "docs" / "moa.md", "figures", moa())
+    fill(ROOT / "docs" / "infllm-v2.md", "figures", infllm())
 
 
 if __name__ == "__main__":

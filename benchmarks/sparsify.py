@@ -1,12 +1,14 @@
-"""Attention spans on a model with a long context: the rows `moa` of docs/moa.md, each at several lengths.
+"""Sparse attention on a model with a long context: the rows `moa` of docs/moa.md and `infllm` of docs/infllm-v2.md, each at several lengths.
 
     python benchmarks/sparsify.py 50 --label smollm2-135m-instruct --model DIR --text DIR --long FILE --out OUT --lengths 2048,4096,8192 --tokens 2M
     python benchmarks/sparsify.py uniform-50 --label demo --model demo --text FILE --long FILE --out OUT --lengths 128,256,512 --sinks 4 --device cpu
+    python benchmarks/sparsify.py infllm-33x32 --label smollm2-135m-instruct --model DIR --text DIR --long FILE --out OUT --tokens 500k \
+        --set layers.0.config.block_size=32 --set layers.0.config.window_size=512 --set layers.0.config.topk=17 --set layers.0.config.dense_len=0
 
 A variant is a share of the KV cache in percent: `50` = rules searched by the recipe `moa`, measured as they are and, with `--tokens`, after finetuning by it;
 `uniform-50` = for each length, one fixed window of that share for all heads, sinks included, untrained; `source` = the model itself, finetuned on the same tokens with
-the same adapters. Perplexity, KL and agreement are those of the first N tokens of every document of `--long` that has as many tokens as the longest length;
-pass keys lie at all depths. Writes OUT/moa-<label>-<variant>.json with a row for each length, before and after training.
+the same adapters; `infllm...` = the recipe `infllm-v2` with what --set says; `window-1056` = for all lengths, one window of so many tokens, sinks included. Perplexity, KL and agreement are those of the first N tokens of every document of `--long` that has as many tokens as the longest length;
+pass keys lie at all depths. Writes OUT/<moa or infllm>-<label>-<variant>.json with a row for each length, before and after training.
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ from attnconvert.distill.data import PackedRows
 from attnconvert.distill.finetune import run_finetune
 from attnconvert.distill.loop import RunContext
 from attnconvert.distill.lora import add_lora, merge_lora
+from attnconvert.kernels.blocks.rule import visible_blocks
 from attnconvert.surgery.runtime.modeling import converted_sites
 from attnconvert.surgery.spans import DENSE, Rule, density
 from attnconvert.surgery.swap import swap
 
-SOURCE, UNIFORM = "source", "uniform-"
+SOURCE, UNIFORM, WINDOW, INFLLM = "source", "uniform-", "window-", "infllm"
 
 
 def long_rows(path: Path, tokenizer: Any, longest: int, count: int) -> torch.Tensor:
@@ -63,23 +66,26 @@ class Measure:
         self.result: dict[str, Any] = {"meta": meta(command), "rows": []}
         self.documents = long_rows(args.long, tokenizer, max(args.lengths), args.documents)
 
-    def __call__(self, student: Any, rules: dict[int, dict[int, list[Rule]]], **facts: Any) -> None:
-        """One row per length. rules: length -> layer -> one rule per KV head, what the student has there."""
+    def __call__(self, student: Any, rules: dict[int, dict[int, list[Rule]]] | None, **facts: Any) -> None:
+        """One row per length. rules: length -> layer -> one rule per KV head, what the student has there; None for blocks."""
         for length in self.args.lengths:
             cores = {idx: module.core for idx, _, module in converted_sites(student)}
-            for idx, own in rules[length].items():
-                cores[idx].set_rules([rule.alpha for rule in own], [rule.beta for rule in own])
+            if rules is None:
+                shares = [visible_blocks(length - 1, core.rule) * core.rule.block_size / length for core in cores.values()]
+            else:
+                for idx, own in rules[length].items():
+                    cores[idx].set_rules([rule.alpha for rule in own], [rule.beta for rule in own])
+                shares = [density(rule, length, self.args.sinks) for own in rules[length].values() for rule in own]
             ids = self.documents[:, :length].contiguous()
             packed = PackedRows(ids, torch.arange(length, dtype=torch.int32).expand_as(ids).contiguous())
             config = EvalConfig(tokens=ids.numel(), length=length, passkey_lengths=(length,), passkey_trials=self.args.trials)
             with torch.autocast("cuda", torch.bfloat16, enabled=self.args.device != "cpu"):
                 report = evaluate_models(student, self.teacher, self.tokenizer, packed, config, device=self.args.device, window=None, ablations={})
             quality, teacher = report.quality_of("student"), report.quality_of("teacher")
-            heads = [density(rule, length, self.args.sinks) for own in rules[length].values() for rule in own]
             keys = {entry.name: entry for entry in report.passkey}
             held = {entry.length: entry for entry in report.state_bytes}.get(length)
             row = {
-                "name": "moa", "model": self.args.label, "variant": self.args.variant, "length": length, **facts, "density": sum(heads) / len(heads),
+                "name": family(self.args.variant), "model": self.args.label, "variant": self.args.variant, "length": length, **facts, "density": min(1.0, sum(shares) / len(shares)),
                 "ppl": quality.ppl.value, "teacher_ppl": teacher.ppl.value, "ppl_ratio": value(quality.ppl_ratio), "kl": value(quality.kl), "agreement": value(quality.agreement),
                 "passkey": keys["student"].accuracy if keys else None, "teacher_passkey": keys["teacher"].accuracy if keys else None,
                 "passkey_trials": self.args.trials, "eval_tokens": ids.numel(), "passkey_by_third": keys["student"].by_third if keys else None, "teacher_passkey_by_third": keys["teacher"].by_third if keys else None,
@@ -91,9 +97,14 @@ class Measure:
 
     def write(self) -> None:
         """What is known so far, so that a run that is ended leaves its rows, and the rules they belong to."""
-        path = self.args.out / f"moa-{self.args.label}-{self.args.variant}.json"
+        path = self.args.out / f"{family(self.args.variant)}-{self.args.label}-{self.args.variant}.json"
         path.with_suffix(".tmp").write_text(json.dumps(self.result, indent=1) + "\n")
         os.replace(path.with_suffix(".tmp"), path)
+
+
+def family(variant: str) -> str:
+    """What the rows of a variant are called: they are compared with those of the same name."""
+    return "infllm" if variant.startswith((INFLLM, WINDOW)) else "moa"
 
 
 def value(estimate: Any) -> float | None:
@@ -102,12 +113,13 @@ def value(estimate: Any) -> float | None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure a variant, train it, measure it again."""
-    share = None if args.variant == SOURCE else int(args.variant.removeprefix(UNIFORM)) / 100
-    overrides = [
-        f"layers.0.config.density={share or 1.0}", f"layers.0.config.num_sinks={args.sinks}", f"layers.0.config.search.lengths={json.dumps(args.lengths)}", f"data.source={args.text}",
-        f"stages.finetune.tokens={args.tokens}", f"stages.finetune.length={args.length}", *args.set,
-    ]  # fmt: skip
-    prepared = prepare(args.model, "moa", overrides=overrides)
+    blocks, fixed = args.variant.startswith(INFLLM), args.variant.startswith((UNIFORM, WINDOW))
+    share = 1.0 if blocks or args.variant == SOURCE or args.variant.startswith(WINDOW) else int(args.variant.removeprefix(UNIFORM)) / 100
+    overrides = [f"data.source={args.text}", f"stages.finetune.tokens={args.tokens}", f"stages.finetune.length={args.length}"]
+    if not blocks:
+        settings = {"density": share, "num_sinks": args.sinks, "search.lengths": json.dumps(args.lengths)}
+        overrides += [f"layers.0.config.{name}={setting}" for name, setting in settings.items()]
+    prepared = prepare(args.model, "infllm-v2" if blocks else "moa", overrides=[*overrides, *args.set])
     recipe = prepared.recipe.recipe
     dtype = "auto" if args.device != "cpu" else "fp32"
     loaded = load_model(prepared.source, dtype=dtype, device=args.device)
@@ -115,13 +127,15 @@ def run(args: argparse.Namespace) -> None:
     measure, student = Measure(args, teacher, tokenizer), loaded.model
     plan, began = prepared.plan, time.perf_counter()
     heads = {site.layer_idx: site.num_key_value_heads for site in prepared.sites}
-    if args.variant.startswith(UNIFORM):
-        rules = {length: {idx: [Rule(round(share * length) - args.sinks, 0.0)] * G for idx, G in heads.items()} for length in args.lengths}
+    rules: dict[int, dict[int, list[Rule]]] | None = None
+    if fixed:
+        sizes = {length: int(args.variant.removeprefix(WINDOW)) if args.variant.startswith(WINDOW) else round(share * length) for length in args.lengths}
+        rules = {length: {idx: [Rule(sizes[length] - args.sinks, 0.0)] * G for idx, G in heads.items()} for length in args.lengths}
     elif args.variant == SOURCE:
         rules = {length: {idx: [DENSE] * G for idx, G in heads.items()} for length in args.lengths}
-    else:
-        settings: Any = layer_settings(recipe, plan)
-        search = search_spans(student.eval(), tokenizer, prepared.sites, settings, recipe.data, seed=args.seed, cache=args.cache, note=print)
+    elif not blocks:
+        per_layer: Any = layer_settings(recipe, plan)
+        search = search_spans(student.eval(), tokenizer, prepared.sites, per_layer, recipe.data, seed=args.seed, cache=args.cache, note=print)
         found = search.to_dict()
         print("SEARCH", json.dumps({key: entry for key, entry in found.items() if key != "front"}), flush=True)
         for at, tried in enumerate(found["front"]):
@@ -129,12 +143,13 @@ def run(args: argparse.Namespace) -> None:
                 del tried["rules"]
         measure.result["search"] = found
         rules = {length: {idx: list(own) for idx, own in search.chosen.rules.items()} for length in args.lengths}
-    plan = with_span_rules(plan, {idx: [(rule.alpha, rule.beta) for rule in own] for idx, own in rules[max(args.lengths)].items()})
+    if rules is not None:
+        plan = with_span_rules(plan, {idx: [(rule.alpha, rule.beta) for rule in own] for idx, own in rules[max(args.lengths)].items()})
     swap(student, plan)
     search_seconds = time.perf_counter() - began
     if args.variant != SOURCE:
         measure(student, rules, tokens=0, seconds=round(search_seconds, 1))
-    if args.tokens and not args.variant.startswith(UNIFORM):
+    if args.tokens and not args.variant.startswith(UNIFORM):  # a window for all lengths can be trained, one for each cannot
         began = time.perf_counter()
         args.recall = recipe.data.recall
         data = cached_data(args, tokenizer, args.tokens)
@@ -150,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variant", help="50, 25, uniform-50, source, ...")
+    parser.add_argument("variant", help="50, 25, uniform-50, source, infllm-..., window-1056, ...")
     parser.add_argument("--label", required=True, help="name of the model in the rows")
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True, help="training text, also for calibration")

@@ -86,6 +86,7 @@ COMMANDS = (
     "merge",
     "evaluate-converted",
     "bench",
+    "tune-switch",
     "push",
     "card",
     "compare",

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from attnconvert.distill import data as data_module
 from attnconvert.distill.config import DataConfig
-from attnconvert.distill.data import IGNORE_INDEX, SEPARATOR, Data, PackedRows, epoch_indices, load_data
+from attnconvert.distill.data import IGNORE_INDEX, SEPARATOR, Data, MixedRows, PackedRows, epoch_indices, load_data
 from attnconvert.errors import AttnConvertError
 
 EOS = 0
@@ -290,6 +290,41 @@ def test_source_smaller_than_the_budget_states_its_epochs(tmp_path: Path) -> Non
     assert found.description["train_epochs"] == pytest.approx(10_000 / facts["tokens"], abs=1e-3)
     assert load(path, 160).description["train_epochs"] == 1.0
     assert json.loads(json.dumps(found.description)) == found.description
+
+
+def test_documents_of_other_lengths_are_left_out_of_training_alone(tmp_path: Path) -> None:
+    path, settings = write_jsonl(tmp_path / "a.jsonl", documents(200)), DataConfig(source=str(tmp_path / "a.jsonl"), eval_fraction=0.2)
+
+    def lengths(bounds: tuple[int, int | None]) -> tuple[list[int], str]:
+        found = load_data(settings, make_tokenizer(), length=2, num_train_tokens=10**6, num_eval_tokens=10**6, eval_length=16, document_tokens=bounds)
+        return sorted(len(text.split()) + 1 for text in read_back(found.train)), found.eval.sha256()
+
+    everything, held_out = lengths((0, None))
+    for bounds in ((0, 20), (20, 40), (40, None)):
+        expected = [n for n in everything if bounds[0] < n <= (bounds[1] or 10**6)]
+        found, same = lengths(bounds)
+        assert same == held_out
+        assert 10 < len(expected) < len(everything) / 2
+        assert abs(len(found) - len(expected)) <= 1  # the last one may be cut
+    error = error_of(
+        lambda: load_data(settings, make_tokenizer(), length=16, num_train_tokens=64, num_eval_tokens=0, eval_length=16, document_tokens=(100, None))
+    )
+    assert error.code == "data-too-short"
+    assert "Only documents of more than 100 tokens are taken" in (error.hint or "")
+    assert path.exists()
+
+
+def test_mixed_rows_see_each_length_in_turn_and_each_row_once_per_epoch() -> None:
+    parts = tuple(
+        PackedRows(torch.arange(64, dtype=torch.int32).reshape(-1, length), torch.zeros(64 // length, length, dtype=torch.int32)) for length in (2, 8)
+    )
+    mixed = MixedRows(parts)
+    assert mixed.length == 8
+    batches = [mixed.batch(5, step, 16) for step in range(8)]
+    assert [tuple(batch.input_ids.shape) for batch in batches] == [(8, 2), (2, 8)] * 4
+    for turn in (0, 1):
+        assert sorted(torch.cat([batch.input_ids.flatten() for batch in batches[turn::2]]).tolist()) == list(range(64))
+    assert mixed.sha256() not in {MixedRows(parts[::-1]).sha256(), parts[0].sha256()}
 
 
 def test_zero_budget_gives_no_rows_and_no_error(tmp_path: Path) -> None:

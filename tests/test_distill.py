@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, G
 from transformers.masking_utils import AttentionMaskInterface
 
 from attnconvert.distill.config import FinetuneConfig, LoraConfig, TransferConfig
-from attnconvert.distill.data import PackedRows, epoch_indices
+from attnconvert.distill.data import MixedRows, PackedRows, epoch_indices
 from attnconvert.distill.finetune import run_finetune
 from attnconvert.distill.loop import RunContext, StageResult, checkpoint_path, lr_factor, truncate_metrics, write_atomic
 from attnconvert.distill.lora import adapter_state, adapters_off, add_lora, load_adapter_state, lora_layers, lora_targets, merge_lora
@@ -328,6 +328,34 @@ class TestFinetune:
         assert result.final_loss == pytest.approx(sum(line["loss"] for line in lines[-4:]) / 4, rel=1e-6)
         assert (result.steps, result.tokens) == (40, 40 * 4 * T)
 
+    def test_rows_of_several_lengths_take_turns_and_passes_over_them_hold_as_many_tokens(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        generator = torch.Generator().manual_seed(3)
+
+        def some(num_rows: int, length: int) -> PackedRows:
+            ids = torch.randint(3, VOCAB, (num_rows, length), generator=generator, dtype=torch.int32)
+            return PackedRows(ids, torch.arange(length, dtype=torch.int32).repeat(num_rows, 1))
+
+        def recorded(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
+            shapes.append(tuple(ids.shape))
+            return hidden_states(model, ids, positions)
+
+        mixed, shapes = MixedRows((some(24, 16), some(12, 32))), list[tuple[int, ...]]()
+        monkeypatch.setattr("attnconvert.distill.finetune.hidden_states", recorded)
+        after = []
+        for micro in (4, 2):
+            model, cores = adapted(torch.float64)
+            config = FinetuneConfig(tokens=3 * 4 * 32, length=32, lengths=(16, 32), batch_size=4, micro_batch_size=micro, kl=0.0, ce=1.0, lr=1e-2)
+            result = run_finetune(model, cores, mixed, config, RunContext(tmp_path / str(micro)))
+            assert (result.steps, result.tokens) == (3, 3 * 4 * 32)
+            after.append(weights(model))
+        assert shapes == [(8, 16), (4, 32), (8, 16)] + 2 * [(4, 16)] + 2 * [(2, 32)] + 2 * [(4, 16)]
+        assert all(torch.allclose(after[0][name], after[1][name], atol=1e-7) for name in after[0])
+
+    @pytest.mark.parametrize("lengths", [(16,), (32, 16), (20, 32), (16, 16, 32), ()])
+    def test_lengths_that_do_not_divide_the_rows_are_refused(self, lengths: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match="lengths"):
+            FinetuneConfig(tokens=64, length=32, lengths=lengths)
+
     @pytest.mark.parametrize("train_cores", [True, False])
     def test_changes_adapters_and_cores_only(self, train_cores: bool, rows: PackedRows, tmp_path: Path) -> None:
         model, cores = adapted()
@@ -554,7 +582,7 @@ class TestLoop:
         def fail(*args: Any) -> Tensor:
             raise torch.OutOfMemoryError("planted")
 
-        monkeypatch.setattr(f"attnconvert.distill.{stage}.epoch_indices", fail)
+        monkeypatch.setattr(PackedRows, "batch", fail)
         with pytest.raises(AttnConvertError, match=f"--set stages.{stage}.micro_batch_size=2") as caught:
             train_stage(stage, RunContext(tmp_path))
         assert caught.value.code == "out-of-memory"

@@ -114,4 +114,5 @@ def test_bench_measures_memory_and_goes_on_after_running_out_of_it(tmp_path: Pat
         assert 1 <= row["batch_size"] < 4096
         assert row["note"] == f"{2 * row['batch_size']} rows ran out of memory"
     benchmark._free(torch.device("cuda"))
-    assert torch.cuda.memory_allocated() <= before, "what ran out of memory holds on to nothing"
+    # cuBLAS keeps a workspace for the stream that decode steps are captured on, one for all of them
+    assert torch.cuda.memory_allocated() <= before + 2**26, "what ran out of memory holds on to nothing"

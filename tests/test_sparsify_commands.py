@@ -283,6 +283,70 @@ def test_one_number_may_go_with_one_for_every_head(llama: str) -> None:
     assert spans_text(ready.plan.to_dict(), None)
 
 
+# ---------------------------------------------------------------- blocks
+
+BLOCKS = ("layers.0.config.block_size=32", "layers.0.config.window_size=32", "layers.0.config.topk=3", "layers.0.config.dense_len=0", "data.align=32")
+
+
+@pytest.mark.usefixtures("quick")
+def test_blocks_are_chosen_measured_and_reported_after_training_on_rows_of_two_lengths(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    training = ("stages.finetune.length=512", "stages.finetune.lengths=[256,512]", "stages.finetune.tokens=2048", "stages.finetune.batch_size=2")
+    ready = prepared(llama, "infllm-v2", *BLOCKS, *training, "stages.finetune.lora.rank=2")
+    assert ready.estimate.total("state_bytes_before") < ready.estimate.total("state_bytes_after") < 1.05 * ready.estimate.total("state_bytes_before")
+    assert ready.estimate.total("flops_after") < 0.7 * ready.estimate.total("flops_before")
+    out = tmp_path / "model"
+    result = run(ready, RunOptions(out, device="cpu"), Log())
+    assert [stage.tokens for stage in result.stages] == [0, 2048]
+    assert result.report is not None
+    assert result.report.recurrent is False
+    assert result.report.window is None
+    kept = {"block_size": 32, "init_blocks": 1, "window_size": 32, "topk": 3, "dense_len": 0, "scorer": "compressed"}
+    assert [row["config"] for row in rows_of(out)] == [kept, kept]
+    data = json.loads((out / "report.json").read_text())["conversion"]["data"]
+    assert {length: (part["train"]["length"], part["train"]["rows"]) for length, part in data["lengths"].items()} == {"256": (256, 4), "512": (512, 2)}
+    assert data["train"]["tokens"] == 2048
+    page = (out / "report.html").read_text()
+    assert "each token sees the first blocks, the nearest, and those that score best for it" in page
+    assert cli.main(["card", str(out)]) == 0
+    card = (out / "README.md").read_text()
+    assert "softmax attention to the blocks of keys that score best for each token" in card
+    assert "zhao2025infllmv2" in card
+    capsys.readouterr()
+    assert cli.main(["plan", str(out)]) == 0
+    assert "blocks of 32: 1 first, 2 nearest, 1 chosen" in capsys.readouterr().out
+    assert cli.main(["tune-switch", str(out), "--lengths", "256", "--device", "cpu", "--dry-run"]) == 0
+    assert "Nothing was written." in capsys.readouterr().out
+    assert cli.main(["generate", str(out), "the old captain looked at the sea " * 30, "--max-new-tokens", "4", "--device", "cpu"]) == 0
+
+
+def test_settings_of_blocks_come_from_a_minicpm_config(llama: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"sparse_config": {"block_size": 64, "topk": 8, "window_size": 128, "init_blocks": 1, "dense_len": -1, "kernel_size": 32}}))
+    setting = f"layers.0.config.sparse_config={path}"
+    row = prepared(llama, "infllm-v2", "stages.finetune.lengths=null", setting).plan.layers[0]
+    assert row.config == {"block_size": 64, "init_blocks": 1, "window_size": 128, "topk": 8, "dense_len": 0, "scorer": "compressed"}
+    path.write_text(json.dumps({"sparse_config": {"topk": 8, "kernel_size": 16}}))
+    error = error_of(lambda: prepared(llama, "infllm-v2", "stages.finetune.lengths=null", setting))
+    assert "kernel_size 16 is not supported, only 32" in error.render()
+
+
+def test_documents_that_do_not_begin_where_blocks_do_are_noted(llama: str) -> None:
+    settings = ("stages.finetune.tokens=1k", "stages.finetune.length=256", "stages.finetune.lengths=null", "layers.0.config.block_size=128")
+    assert "`--set data.align=128`" in prepared(llama, "infllm-v2", *settings).notes[-1]
+    assert prepared(llama, "infllm-v2", *settings, "data.align=128").notes == ()
+    assert prepared(llama, "infllm-v2", *settings, "stages.finetune.tokens=0").notes == ()
+
+
+@pytest.mark.parametrize("recipe", ["infllm-v2", "moba"])
+def test_the_embedded_model_gets_blocks_that_leave_something_out(recipe: str) -> None:
+    ready = prepare("demo", recipe, family="sparsify")
+    assert describe_settings(ready.plan.layers[0]) == {
+        "infllm-v2": "blocks of 32: 1 first, 3 nearest, 2 chosen",
+        "moba": "blocks of 32: 0 first, 1 nearest, 5 chosen by mean keys",
+    }[recipe]  # fmt: skip
+    assert ready.recipe.recipe.stages.finetune.lengths is None
+
+
 # ---------------------------------------------------------------- saving
 
 

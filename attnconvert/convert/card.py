@@ -58,6 +58,28 @@ _BIBTEX = {
         "Xiao, Guangxuan and Tian, Yuandong and Chen, Beidi and Han, Song and Lewis, Mike",
         2023,
     ),
+    "2406.14909": (
+        "fu2024moa",
+        "MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression",
+        "Fu, Tianyu and Huang, Haofeng and Ning, Xuefei and Zhang, Genghan and Chen, Boju and Wu, Tianqi and Wang, Hongyi and Huang, Zixiao and Li, Shiyao and Yan, Shengen "
+        "and Dai, Guohao and Yang, Huazhong and Wang, Yu",
+        2024,
+    ),
+    "2509.24663": (
+        "zhao2025infllmv2",
+        "InfLLM-V2: Dense-Sparse Switchable Attention for Seamless Short-to-Long Adaptation",
+        "Zhao, Weilin and Zhou, Zihan and Su, Zhou and Xiao, Chaojun and Li, Yuxuan and Li, Yanghao and Zhang, Yudi and Zhao, Weilun and Li, Zhen and Huang, Yuxiang "
+        "and Sun, Ao and Han, Xu and Liu, Zhiyuan",
+        2025,
+    ),
+    "2502.13189": (
+        "lu2025moba",
+        "MoBA: Mixture of Block Attention for Long-Context LLMs",
+        "Lu, Enzhe and Jiang, Zhejun and Liu, Jingyuan and Du, Yulun and Jiang, Tao and Hong, Chao and Liu, Shaowei and He, Weiran and Yuan, Enming and Wang, Yuzhi and "
+        "Huang, Zhiqi and Yuan, Huan and Xu, Suting and Xu, Xinran and Lai, Guokun and Chen, Yanru and Zheng, Huabin and Yan, Junjie and Su, Jianlin and Wu, Yuxin and "
+        "Zhang, Neo Y. and Yang, Zhilin and Zhou, Xinyu and Zhang, Mingxing and Qiu, Jiezhong",
+        2025,
+    ),
 }
 
 
@@ -570,6 +592,8 @@ def _introduction(conversion: Mapping[str, Any], adapters_only: bool) -> str:
         what = f"fewer key-value heads in {share} {len(layers)} layers ({methods})"
     if methods_of(conversion) == ["moa"]:  # likewise
         what = f"an attention span of its own for each key-value head in {share} {len(layers)} layers ({methods})"
+    if methods_of(conversion) == ["infllm_v2"]:
+        what = f"softmax attention to the blocks of keys that score best for each token, and to everything while the context is short, in {share} {len(layers)} layers ({methods})"
     first = f"{base} with {what} and the model trained to behave as before, by attnconvert."
     if adapters_only:
         first += f" This repository holds only what the conversion added: low-rank adapters and the new attention's parameters. {base} is needed beside it."

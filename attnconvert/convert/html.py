@@ -1116,6 +1116,11 @@ def _limits(conversion: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str
             "Each KV head of a converted layer sees the first tokens and a window of its own, and nothing in between: a detail in the middle of a long text "
             "reaches the answer only through the heads whose windows are long enough."
         )
+    if any("topk" in config for config in settings):
+        items.append(
+            "A converted layer keeps all keys, but of a long text each token sees the first blocks, the nearest, and those that score best for it: a detail is found "
+            "only where the mean of the keys around it stands out."
+        )
     if _rows(evaluation, "quality"):
         items.append(
             "Perplexity is an average over all tokens, most of which need little context. A model can match the original's and still fail to look things up."

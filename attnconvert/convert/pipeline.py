@@ -28,6 +28,7 @@ from attnconvert.convert.regroup import has_uneven_heads, regroup_for_training, 
 from attnconvert.convert.sparsify import chosen_rules, needs_search, read_span_plans, search_spans, undecided_spans
 from attnconvert.embedded import demo_overrides
 from attnconvert.errors import AttnConvertError
+from attnconvert.kernels.blocks.rule import block_rule
 from attnconvert.recipes.load import LoadedRecipe, dump_resolved, load_recipe
 from attnconvert.surgery import registry
 from attnconvert.surgery.methods.moa import MoaConfig
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from attnconvert.convert.evaluate import EvalReport, Quality
-    from attnconvert.distill.data import PackedRows
+    from attnconvert.distill.data import MixedRows, PackedRows
     from attnconvert.distill.loop import ConvertedLayer, RunContext, StageResult
 
 RUN_SCHEMA_VERSION = 1
@@ -200,6 +201,9 @@ def prepare(
     _check_lengths(loaded, config)
     plan, found = read_span_plans(plan, layer_settings(loaded.recipe, plan), sites)
     notes += found
+    blocks, align = {block_rule(**row.config).alignment for row in plan.converted if "block_size" in row.config}, loaded.recipe.data.align
+    if loaded.recipe.stages.finetune.tokens and any(align % size for size in blocks):
+        notes.append(f"Training documents begin at multiples of {align} tokens, not of {max(blocks)}: `--set data.align={max(blocks)}` makes training faster.")
     element_size = _SIZES[_config_dtype(config)]
     return Prepared(
         source=source,
@@ -633,20 +637,20 @@ class _Texts:
     """Rows of each stage and of the evaluation, and the JSON facts about them."""
 
     transfer: PackedRows
-    finetune: PackedRows
+    finetune: PackedRows | MixedRows
     eval: PackedRows
     description: dict[str, Any]
 
 
 def _load_texts(prepared: Prepared, tokenizer: Any, seed: int, ui: RunUI) -> _Texts:
     """Rows for both stages. Where the source holds enough text the stages see different rows, else both cycle over all of it."""
-    from attnconvert.distill.data import PackedRows, load_data
+    from attnconvert.distill.data import MixedRows, PackedRows, load_data
 
     recipe = prepared.recipe.recipe
     transfer, finetune = recipe.stages.transfer, recipe.stages.finetune
     wanted = {stage: stage.steps * stage.batch_size * stage.length for stage in (transfer, finetune)}
 
-    def load(length: int, num_tokens: int) -> Any:
+    def load(length: int, num_tokens: int, document_tokens: tuple[int, int | None] = (0, None)) -> Any:
         return load_data(
             recipe.data,
             tokenizer,
@@ -655,9 +659,22 @@ def _load_texts(prepared: Prepared, tokenizer: Any, seed: int, ui: RunUI) -> _Te
             num_eval_tokens=recipe.evaluate.tokens,
             eval_length=recipe.evaluate.length,
             seed=seed,
+            document_tokens=document_tokens,
             progress=lambda done, total: ui.on_eval("text", done, total),
         )
 
+    if finetune.tokens and finetune.lengths is not None:
+        lengths, share = finetune.lengths, -(-wanted[finetune] // len(finetune.lengths))
+        bounds = zip((0, *lengths), (*lengths[:-1], None), strict=False)
+        parts = [load(length, share, own) for length, own in zip(lengths, bounds, strict=True)]
+        mixed = MixedRows(tuple(part.train for part in parts))
+        first = load(transfer.length, wanted[transfer]) if transfer.tokens else parts[0]
+        sums = {key: sum(part.description["train"][key] for part in parts) for key in ("documents", "tokens", "rows", "tokens_wanted")}
+        train = {**parts[-1].description["train"], **sums, "tokens_available": None, "sha256": mixed.sha256()}
+        by_length = {str(length): part.description for length, part in zip(lengths, parts, strict=True)}
+        epochs = max(part.description["train_epochs"] for part in parts)
+        facts = {**parts[-1].description, "train": train, "train_epochs": epochs, "lengths": by_length}
+        return _Texts(first.train, mixed, parts[0].eval, facts | ({"transfer": first.description} if transfer.tokens else {}))
     if transfer.length != finetune.length and transfer.tokens and finetune.tokens:
         first, second = load(transfer.length, wanted[transfer]), load(finetune.length, wanted[finetune])
         return _Texts(first.train, second.train, second.eval, {**second.description, "transfer": first.description})

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from attnconvert.convert.load import load_config, resolve
-from attnconvert.convert.report import compact_settings, describe_rules, format_bytes, format_seconds, ranges, span_rules
+from attnconvert.convert.report import compact_settings, describe_blocks, describe_rules, format_bytes, format_seconds, ranges, span_rules
 from attnconvert.errors import AttnConvertError, ErrorGroup
 from attnconvert.recipes.schema import SOFTMAX, Recipe, assign_rules, resolve_layers
 from attnconvert.surgery import registry
@@ -426,6 +426,10 @@ def describe_settings(row: LayerPlan) -> str:
         parts += [describe_rules(span_rules(asdict(row))), f"{count} sinks" if (count := rest.pop("num_sinks")) else "no sinks"]
         if not rest.get("min_length"):  # the rules hold from the first token on
             rest.pop("min_length", None)
+    if "topk" in rest:
+        parts.append(describe_blocks(rest))
+        for name in ("block_size", "init_blocks", "window_size", "topk", "dense_len", "scorer"):
+            del rest[name]
     if heads is not None:
         parts.append(f"{row.num_key_value_heads} -> {heads} KV heads")
     if isinstance(rest.get("query_heads"), int):
@@ -464,8 +468,9 @@ def render_plan(plan: ConversionPlan, estimate: Estimate | None) -> RenderableTy
             before, after = sum(cost.state_bytes_before for cost in costs), sum(cost.state_bytes_after for cost in costs)
             cells.append(format_bytes(before) if first.method is None else f"{format_bytes(before)} -> {format_bytes(after)}")
         table.add_row(*(Text(cell) for cell in cells))
+    measured = [] if plan.switch is None else [Text(f"dense_len was measured on {plan.switch['device']} in {plan.switch['dtype']}, {plan.switch['date']}.")]
     if estimate is None:
-        return table
+        return Group(table, *measured)
     lines = [
         f"Cache of one sequence at {estimate.length} tokens: {format_bytes(estimate.total('state_bytes_before'))} -> {format_bytes(estimate.total('state_bytes_after'))}; "
         f"attention of the prefill: {estimate.total('flops_before'):.2g} -> {estimate.total('flops_after'):.2g} FLOPs; "

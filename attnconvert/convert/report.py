@@ -506,6 +506,15 @@ def _describe_rule(alpha: int, beta: float) -> str:
     return f"{alpha}" if not beta else share + (f" {'+' if alpha > 0 else '-'} {abs(alpha)}" if alpha else "")
 
 
+def describe_blocks(config: Mapping[str, Any]) -> str:
+    """Settings of block-sparse attention: `blocks of 64: 1 first, 33 nearest, 62 chosen; all below 8192 tokens`."""
+    nearest = config["window_size"] // config["block_size"] + 1  # the query's own too
+    chosen = config["topk"] - config["init_blocks"] - 1
+    how = " by mean keys" if config["scorer"] == "mean" else ""
+    dense = f"; all below {config['dense_len']} tokens" if config["dense_len"] > 1 else ""
+    return f"blocks of {config['block_size']}: {config['init_blocks']} first, {nearest} nearest, {chosen} chosen{how}{dense}"
+
+
 def same_in_all_heads(config: Mapping[str, Any]) -> dict[str, Any]:
     """A row's settings without the rules of its attention spans, where each KV head has its own: layers that differ in them alone are of one kind."""
     return {key: value for key, value in config.items() if key not in ("alphas", "betas") or not isinstance(value, list | tuple)}

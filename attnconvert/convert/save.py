@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from attnconvert.convert.report import format_bytes
 from attnconvert.errors import AttnConvertError
+from attnconvert.kernels.blocks.rule import BlockRule
 from attnconvert.kernels.span.reference import BETA_ONE
 from attnconvert.surgery.runtime.modeling import converted_sites
 
@@ -312,16 +313,20 @@ def fingerprint(model: nn.Module) -> str:
 
 @contextlib.contextmanager
 def _wide_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, 16-bit weights are held in fp32 (exact, and back exactly) when memory allows, so that rounding cannot hide a mistake."""
-    narrow = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
-    needed = sum(t.numel() * 4 for t in narrow)
+    """Inside, 16-bit weights are held in fp32 (exact, and back exactly) when memory allows, so that rounding cannot hide a mistake.
+
+    All in fp64 where layers choose blocks: a choice between two that score alike turns with the last bits, and in fp32 one in some ten thousand does.
+    """
+    wide = torch.float64 if _choosing(model) else torch.float32
+    narrow = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.dtype.itemsize < wide.itemsize]
+    needed = sum(t.numel() * wide.itemsize for t in narrow)
     if not narrow or needed > 0.8 * _free_memory(narrow[0].device):
         yield
         return
     dtypes = [t.dtype for t in narrow]
     try:
         for t in narrow:
-            t.data = t.data.float()
+            t.data = t.data.to(wide)
         yield
     finally:
         for t, dtype in zip(narrow, dtypes, strict=True):
@@ -363,7 +368,8 @@ def check_parity(model: Any) -> Parity:
     """Run the model in every way that generation may, and compare: plain forward, prefill + decode steps, chunked prefill, left-padded batch.
 
     The sequence is three windows long, the steps cross the end of a window block, and the rows of the batch cross theirs at other steps. Attention spans of
-    thousands of tokens would need a sequence of thousands to drop a key: they are checked with all fixed parts of their windows made shorter alike.
+    thousands of tokens would need a sequence of thousands to drop a key: they are checked with all fixed parts of their windows made shorter alike, and layers
+    that choose blocks with blocks so few and small that there is something to choose from.
 
     Args:
         model: a converted causal LM in eval mode, on any device.
@@ -382,7 +388,7 @@ def check_parity(model: Any) -> Parity:
     ids = torch.randint(0, vocab, (len(pads), num_tokens), generator=torch.Generator().manual_seed(0)).to(device)
     mask = torch.stack([(torch.arange(num_tokens) >= pad).long() for pad in pads]).to(device)
 
-    with _wide_weights(model), _plain_arithmetic(model), _short_spans(model, size):
+    with _wide_weights(model), _plain_arithmetic(model), _short_spans(model, size), _few_blocks(model):
         want = [model(**_inputs(model, ids[row : row + 1, pad:]), use_cache=False).logits[0].float() for row, pad in enumerate(pads)]
         dtype = next(p.dtype for p in model.get_output_embeddings().parameters())
         deviation = float(want[0].std())
@@ -481,6 +487,33 @@ def _short_spans(model: Any, size: int) -> Iterator[None]:
         for core, (alphas, betas, min_length, num_sinks) in zip(cores, rules, strict=True):
             core.min_length, core.num_sinks = min_length, num_sinks
             core.set_rules(alphas, betas)
+
+
+_PROBE_BLOCK, _PROBE_DENSE = 32, 150  # of 197 tokens, in 7 blocks, the queries of the last 48 choose
+
+
+def _choosing(model: nn.Module) -> list[Any]:
+    """The cores that choose blocks of keys."""
+    return [module.core for _, _, module in converted_sites(model) if isinstance(getattr(module.core, "rule", None), BlockRule)]
+
+
+@contextlib.contextmanager
+def _few_blocks(model: nn.Module) -> Iterator[None]:
+    """Inside, layers that choose blocks choose one, of the smallest blocks; all of them where the weights are not in fp64, see `_wide_weights`."""
+    cores = _choosing(model)
+    rules = [core.rule for core in cores]
+    exact = all(p.dtype == torch.float64 for p in model.parameters())
+    try:
+        for core, rule in zip(cores, rules, strict=True):
+            first, local = min(rule.num_init, 1), min(rule.num_local, 1)
+            num_blocks = first + local + 2 if exact else rule.num_blocks + _MAX_PARITY_TOKENS
+            core.rule = rule._replace(
+                block_size=_PROBE_BLOCK, num_init=first, num_local=local, num_blocks=num_blocks, dense_len=min(rule.dense_len, _PROBE_DENSE)
+            )
+        yield
+    finally:
+        for core, rule in zip(cores, rules, strict=True):
+            core.rule = rule
 
 
 # ---------------------------------------------------------------- reload

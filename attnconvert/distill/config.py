@@ -98,9 +98,27 @@ class FinetuneConfig(OptimizerConfig):
     train_cores: bool = Field(
         default=True, description="also train the new attention parameters, of regrouped layers the projections in full (false: adapters alone, as LoLCATs)"
     )
+    lengths: tuple[Annotated[int, Field(ge=16)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="train on rows of several lengths, one length a step in turn and as many tokens of each: ascending divisors of length, length the last; a document goes "
+        "into the shortest rows that it fits into; null = rows of length",
+    )
     kl: float = Field(default=0.9, ge=0, description="weight of KL(teacher || student) over the vocabulary, nats per token")
     ce: float = Field(default=0.1, ge=0, description="weight of cross-entropy against the text, nats per token")
+    balance: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the load-balance loss of layers with a router, added up over the layers; 1 a layer when all units are chosen alike",
+    )
     lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _lengths_divide(self) -> FinetuneConfig:
+        lengths = self.lengths
+        if lengths is not None and (list(lengths) != sorted(set(lengths)) or lengths[-1] != self.length or any(self.length % length for length in lengths)):
+            raise ValueError(f"lengths {list(lengths)} are not ascending divisors of length {self.length} that end with it")
+        return self
 
     @model_validator(mode="after")
     def _some_loss(self) -> FinetuneConfig:
@@ -153,6 +171,10 @@ class EvalConfig(StageConfig):
         default=(4, 16, 64), description="key-value pairs of the associative recall test in token space"
     )
     mqar_trials: int = Field(default=0, ge=0, description="queries per number of pairs; 0 skips the test")
+    same_data_baseline: bool = Field(
+        default=False,
+        description="after a conversion, also finetune the unconverted model on the same tokens with the same adapters, and report it beside the result",
+    )
 
     @classmethod
     def suite(cls, name: Suite, recipe: EvalConfig | None = None) -> EvalConfig:

@@ -123,12 +123,41 @@ class PackedRows:
         index = torch.as_tensor(indices, dtype=torch.int64)
         return Batch(self.input_ids[index].long(), self.position_ids[index].long())
 
+    def batch(self, seed: int, step: int, num_tokens: int) -> Batch:
+        """The rows of optimizer step `step`, `num_tokens` in all."""
+        return self.rows(epoch_indices(self.num_rows, seed, step, num_tokens // self.length))
+
     def sha256(self) -> str:
         """Hash of both tensors; equal hashes mean equal training data in equal order."""
         digest = hashlib.sha256(f"{self.num_rows}x{self.length}".encode())
         for tensor in (self.input_ids, self.position_ids):
             digest.update(tensor.contiguous().numpy().astype("<i4", copy=False).data)
         return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class MixedRows:
+    """Rows of several lengths, one length a step in turn.
+
+    Args:
+        parts: by ascending length, of which each divides the last.
+    """
+
+    parts: tuple[PackedRows, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest rows."""
+        return self.parts[-1].length
+
+    def batch(self, seed: int, step: int, num_tokens: int) -> Batch:
+        """The rows of optimizer step `step`, `num_tokens` in all, of one length."""
+        turn, number = divmod(step, len(self.parts))
+        return self.parts[number].batch(seed, turn, num_tokens)
+
+    def sha256(self) -> str:
+        """Hash of all rows."""
+        return hashlib.sha256("".join(part.sha256() for part in self.parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +205,7 @@ def load_data(
     num_eval_tokens: int,
     eval_length: int,
     seed: int = 0,
+    document_tokens: tuple[int, int | None] = (0, None),
     progress: Progress | None = None,
 ) -> Data:
     """Reads, splits, tokenises and packs the text of one conversion. Writes nothing.
@@ -191,6 +221,7 @@ def load_data(
         num_eval_tokens: held-out tokens wanted.
         eval_length: tokens of a held-out row.
         seed: of the document order.
+        document_tokens: training documents have more tokens than the first number and at most the second (None = any number); others are left out.
         progress: called with (tokens done, tokens wanted), both splits together.
 
     Returns:
@@ -212,7 +243,7 @@ def load_data(
             expected=f"a length such as {-(-length // config.align) * config.align}, or data.align: 1",
         )
     assert min(num_train_tokens, num_eval_tokens) >= 0, "budgets are checked by the recipe"
-    train, held_out = _Packer(tokenizer, length, num_train_tokens, config.align), _Packer(tokenizer, eval_length, num_eval_tokens)
+    train, held_out = _Packer(tokenizer, length, num_train_tokens, config.align, document_tokens), _Packer(tokenizer, eval_length, num_eval_tokens)
     if progress is not None:
         train.on_tokens = held_out.on_tokens = _progress_of((train, held_out), progress)
 
@@ -285,10 +316,13 @@ class _Packer:
         num_tokens: wanted; rounded up to whole rows.
         align: documents lose their first tokens until their length is a multiple of this (those shorter vanish), so that all of them start
             at a multiple of it inside a row.
+        document_tokens: as for `load_data`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, num_tokens: int, align: int = 1):
-        self.tokenizer, self.length, self.align = tokenizer, length, align
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, length: int, num_tokens: int, align: int = 1, document_tokens: tuple[int, int | None] = (0, None)
+    ):  # fmt: skip
+        self.tokenizer, self.length, self.align, self.document_tokens = tokenizer, length, align, document_tokens
         self.wanted = -(-num_tokens // length) * length
         self.on_tokens: Callable[[], None] | None = None
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
@@ -325,6 +359,9 @@ class _Packer:
         encoded = self.tokenizer(self._pending, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         for ids in encoded:
             document = np.asarray([*ids, *self._end], dtype=np.int32)
+            shortest, longest = self.document_tokens
+            if len(document) <= shortest or (longest is not None and len(document) > longest):
+                continue
             self._documents.append(document[len(document) % self.align :])
             self.count += len(self._documents[-1])
         self.seen_bytes += self._pending_bytes
@@ -371,7 +408,11 @@ def _check_enough(packer: _Packer, source: str, split: str, fraction: float | No
     """Raise data-too-short unless the split holds one row (or none is wanted)."""
     if not packer.wanted or packer.count >= packer.length:
         return
-    if split == "training" and dropped:
+    if packer.document_tokens != (0, None):
+        shortest, longest = packer.document_tokens
+        of = f"more than {shortest}" + (f" and at most {longest}" if longest is not None else "")
+        hint = f"Only documents of {of} tokens are taken for these rows: give stages.finetune.lengths that fit the documents, or null (rows of one length, of any documents)."
+    elif split == "training" and dropped:
         hint = f"{dropped} of its documents are also in the held-out source and were left out; give a different data.source or data.eval_source."
     elif fraction is not None:
         hint = f"{fraction:.0%} of its documents are held out. Give more text and more documents, a shorter sequence length, or a file as data.eval_source."

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from attnconvert.distill.data import IGNORE_INDEX, epoch_indices
+from attnconvert.distill.data import IGNORE_INDEX, MixedRows
 from attnconvert.distill.loop import (
     ConvertedLayer,
     ParamGroup,
@@ -40,7 +40,9 @@ _CHUNK_ELEMENTS = 2**26
 """Logits held at once: 256 MiB per fp32 tensor, of which the loss needs about four."""
 
 
-def run_finetune(model: peft.PeftModel, cores: Mapping[int, ConvertedLayer], rows: PackedRows, config: FinetuneConfig, run: RunContext) -> StageResult:
+def run_finetune(
+    model: peft.PeftModel, cores: Mapping[int, ConvertedLayer], rows: PackedRows | MixedRows, config: FinetuneConfig, run: RunContext
+) -> StageResult:
     """Trains the adapters, and what is new in the converted layers when `config.train_cores`; other weights never change.
 
     KL is averaged over all tokens of a batch, cross-entropy over those with a next token in their document; both by the counts of the whole batch, so
@@ -49,7 +51,7 @@ def run_finetune(model: peft.PeftModel, cores: Mapping[int, ConvertedLayer], row
     Args:
         model: the result of `lora.add_lora`, on `run.device`.
         cores: layer index -> the core (or regrouped module) of that layer, parameters in fp32; empty for an unconverted model.
-        rows: training rows of `config.length` tokens.
+        rows: training rows of `config.length` tokens, or of `config.lengths`.
         config: the recipe's `stages.finetune`.
         run: where and how.
 
@@ -78,19 +80,22 @@ def run_finetune(model: peft.PeftModel, cores: Mapping[int, ConvertedLayer], row
         p.requires_grad_(True)
 
     with autocast(run):
-        head = logit_head(base, rows.input_ids[:1, :16].to(run.device, torch.int64))
+        some = rows.parts[0] if isinstance(rows, MixedRows) else rows
+        head = logit_head(base, some.input_ids[:1, :16].to(run.device, torch.int64))
     vocab_size = cast(Any, base).get_output_embeddings().weight.shape[0]
     chunk_size = max(16, _CHUNK_ELEMENTS // vocab_size)
     micro = config.micro_batch_size or config.batch_size
 
     def compute(step: int) -> dict[str, Tensor]:
-        batch = rows.rows(epoch_indices(rows.num_rows, run.seed, step, config.batch_size))
+        batch = rows.batch(run.seed, step, config.batch_size * config.length)
+        num_rows, length = batch.input_ids.shape
+        rows_per_pass = micro * (config.length // length)
         targets = batch.targets()
         # Counted on the CPU: no wait for the device.
         num_tokens, num_targets = targets.numel(), int((targets != IGNORE_INDEX).sum())
         kl_sum, ce_sum = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
-        for start in range(0, config.batch_size, micro):
-            part = slice(start, start + micro)
+        for start in range(0, num_rows, rows_per_pass):
+            part = slice(start, start + rows_per_pass)
             input_ids = batch.input_ids[part].to(run.device, non_blocking=True)
             position_ids = batch.position_ids[part].to(run.device, non_blocking=True)
             teacher_hidden = None

@@ -30,7 +30,7 @@ from attnconvert.errors import AttnConvertError
 
 if TYPE_CHECKING:
     from attnconvert.distill.config import OptimizerConfig
-    from attnconvert.distill.data import PackedRows
+    from attnconvert.distill.data import MixedRows, PackedRows
 
 _log = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def train(
     *,
     layers: Sequence[int],
     config: OptimizerConfig,
-    rows: PackedRows,
+    rows: PackedRows | MixedRows,
     run: RunContext,
 ) -> StageResult:
     """Runs the optimizer steps of a stage that its checkpoint has not seen yet.

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from attnconvert.distill.data import epoch_indices
 from attnconvert.distill.loop import ConvertedLayer, ParamGroup, RunContext, StageResult, autocast, skip_stage, train
 from attnconvert.distill.losses import attention_output_error, hidden_states
 
@@ -89,7 +88,7 @@ def run_transfer(model: nn.Module, cores: Mapping[int, ConvertedLayer], rows: Pa
     shared = _Tap(config, run, _core_forward(run), config.batch_size // micro)
 
     def compute(step: int) -> dict[str, Tensor]:
-        batch = rows.rows(epoch_indices(rows.num_rows, run.seed, step, config.batch_size))
+        batch = rows.batch(run.seed, step, config.batch_size * config.length)
         for layer in trained.values():
             layer.loss = layer.normaliser = layer.error = layer.power = 0.0
         for start in range(0, config.batch_size, micro):

@@ -37,7 +37,10 @@ def demo_overrides(rules: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str,
     families = {family for family, _ in rules} - {""}
     if families == {"sparsify"}:  # no stage before finetuning
         spans = [f"layers.{number}.config.{setting}" for number, (_, config) in enumerate(rules) if "alphas" in config for setting in _short_spans(config)]
-        return (*spans, "stages.finetune.tokens=100k", "evaluate.passkey_lengths=[128,256,512]", *_DEMO_ROWS)
+        blocks = [f"layers.{number}.config.{setting}" for number, (_, config) in enumerate(rules) if "topk" in config for setting in _few_blocks(config)]
+        lengths = ["stages.finetune.lengths=null"] if blocks else []
+        tokens = "60k" if blocks else "100k"  # choosing blocks in PyTorch takes longer
+        return (*spans, *blocks, *lengths, f"stages.finetune.tokens={tokens}", "evaluate.passkey_lengths=[128,256,512]", *_DEMO_ROWS)
     # Fewer heads learn most in transfer.
     transfer, finetune = ("200k", "50k") if families == {"regroup"} else ("100k", "60k")
     return (f"stages.transfer.tokens={transfer}", f"stages.finetune.tokens={finetune}", *_DEMO_ROWS)
@@ -52,6 +55,12 @@ def _short_spans(config: Mapping[str, Any]) -> list[str]:
         candidates = dict.fromkeys((min(alpha, _DEMO_SPAN), beta) for alpha, beta in config["search"]["candidates"])
         spans.append(f"search.candidates={[list(rule) for rule in candidates]}")
     return spans
+
+
+def _few_blocks(config: Mapping[str, Any]) -> list[str]:
+    """Settings of block-sparse attention for rows of 512 tokens: 6 of their 16 blocks are seen, some of them chosen."""
+    nearest = min(config["window_size"] // 32, 2)
+    return ["block_size=32", f"window_size={32 * nearest}", f"topk={6 - nearest}", "dense_len=0"]
 
 
 def model_dir() -> Path:

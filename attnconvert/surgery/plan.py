@@ -40,12 +40,14 @@ class ConversionPlan:
         layers: one LayerPlan per attention site.
         num_kept_later: how many more layers return to softmax after attention transfer, chosen by `keep_by`; 0 = none.
         keep_by: `layer_error` (largest relative error after transfer) or `kl` (largest drop of the KL to the teacher when restored).
+        switch: where `dense_len` of block-sparse layers was measured, and the figures; None = nowhere.
     """
 
     base_model_type: str
     layers: tuple[LayerPlan, ...]
     num_kept_later: int = 0
     keep_by: str = "layer_error"
+    switch: dict[str, Any] | None = None
 
     @property
     def converted(self) -> tuple[LayerPlan, ...]:
@@ -53,7 +55,8 @@ class ConversionPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form for config.json."""
-        return {"schema_version": PLAN_SCHEMA_VERSION, **asdict(self), "layers": [asdict(row) for row in self.layers]}
+        facts = {"schema_version": PLAN_SCHEMA_VERSION, **asdict(self), "layers": [asdict(row) for row in self.layers]}
+        return {key: value for key, value in facts.items() if key != "switch" or value is not None}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ConversionPlan:

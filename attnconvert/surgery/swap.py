@@ -12,7 +12,6 @@ from torch import nn
 from attnconvert.errors import AttnConvertError
 from attnconvert.surgery.plan import ConversionPlan
 from attnconvert.surgery.runtime.modeling import attach_cores, config_class, converted_sites, model_class, use_seam
-from attnconvert.surgery.runtime.seam import AttentionCore
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def swap(model: Any, plan: ConversionPlan) -> SwapReport:
 
 def changed_projections(model: Any) -> list[int]:
     """The converted layers whose projections were changed for the core, so that they cannot compute what the original layer did."""
-    return sorted(idx for idx, _, module in converted_sites(model) if type(module.core).fit is not AttentionCore.fit)
+    return sorted(idx for idx, _, module in converted_sites(model) if module.core.changes_projections)
 
 
 def restore_softmax(model: Any, layer_idxs: Iterable[int], reason: str) -> ConversionPlan:

@@ -4,6 +4,8 @@ Each KV head has slots of its own: A for the sinks, then a ring for as many rece
 (of a row's document) is in slot p if p < A, else in slot A + (p - A) % ring: a slot is overwritten by a key `ring` positions later, when no query can
 see the old one any more. The heads' slots lie one after the other in one tensor. Nothing else is kept: which position a slot holds follows from the
 row's length. `reference` has the rules and the letters.
+
+Queries may use some of the heads only: `active` and `gate` are those of `attnconvert.kernels.heads.reference`, with U units.
 """
 
 from __future__ import annotations
@@ -94,7 +96,8 @@ def fill(k: Tensor, v: Tensor, layout: SpanLayout, start: Tensor | None = None) 
 
 
 def span_attention_extend(
-    q: Tensor, k: Tensor, v: Tensor, state: SpanState, layout: SpanLayout, *, scale: float, start: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, state: SpanState, layout: SpanLayout, *, scale: float, start: Tensor | None = None, active: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, SpanState]:  # fmt: skip
     """Attention of the next T tokens of each row onto a past, with gradients: a further turn, or a part of a prompt. PyTorch, memory linear in T.
 
@@ -103,10 +106,16 @@ def span_attention_extend(
         state: not changed.
         layout: has room for the tokens.
         start: [B, T] or None; a row's first `start` tokens are padding and leave its state alone.
+        active: bool [B, T, U], the units that each token uses; U = G or H; None = all.
+        gate: [B, T, U], factors of the units, or None for 1; only beside `active`.
 
     Returns:
         Outputs [B, T, H, D], finite for padding, and the new state.
+
+    Raises:
+        ValueError: units of another shape.
     """
+    _check_units(q, k, active, gate)
     B, T, device = q.shape[0], q.shape[1], q.device
     pads = torch.zeros(B, dtype=torch.int64, device=device) if start is None else start[:, -1].long().clamp(0, T)
     index = torch.arange(T, device=device) - pads[:, None]
@@ -118,11 +127,12 @@ def span_attention_extend(
     fresh = position >= state.length[:, None]
     place = _heads(layout) * T + (position - state.length[:, None] + pads[:, None]).clamp(0, T - 1)
     kept_k, kept_v = (torch.where(fresh[..., None], _taken(_by_head(x), place, fresh).to(past.dtype), past) for past, x in ((state.k, k), (state.v, v)))
-    return out, SpanState(kept_k, kept_v, length)
+    return _routed(out, active, gate), SpanState(kept_k, kept_v, length)
 
 
 def span_attention_step(
-    q: Tensor, k: Tensor, v: Tensor, state: SpanState, layout: SpanLayout, *, scale: float, start: Tensor | None = None, impl: Impl = "auto"
+    q: Tensor, k: Tensor, v: Tensor, state: SpanState, layout: SpanLayout, *, scale: float, start: Tensor | None = None, active: Tensor | None = None,
+    gate: Tensor | None = None, impl: Impl = "auto",
 ) -> Tensor:  # fmt: skip
     """Attention of the next token of each row; no gradients. Waits for nothing and moves no tensor, so it can be captured in a CUDA graph.
 
@@ -131,6 +141,8 @@ def span_attention_step(
         state: changed in place.
         layout: has room for the token.
         start: [B, 1] int64 or None. A row with a positive start has a padding token: its output is 0 and its state stays as it is.
+        active: bool [B, 1, U], the units that each row uses; U = G or H; None = all. Triton reads no keys of a KV head that a row does not use.
+        gate: [B, 1, U], factors of the units, or None for 1; only beside `active`.
         impl: `reference` (PyTorch, any device), `triton`, or `auto`: triton for bf16 and fp16 on CUDA where it can, with the reason
             logged where it cannot.
 
@@ -138,18 +150,38 @@ def span_attention_step(
         [B, 1, H, D] in q's dtype.
 
     Raises:
-        ValueError: more than one token a row, a state of another shape, or `triton` where it cannot run.
+        ValueError: more than one token a row, a state or units of another shape, or `triton` where it cannot run.
     """
     if q.shape[1] != 1:
         raise ValueError(f"a decode step takes one token a row, got {q.shape[1]}; use span_attention_extend for more")
     if (state.k.shape[0], state.k.shape[1], len(layout.rings)) != (q.shape[0], layout.num_slots, k.shape[2]):
         raise ValueError("the state was made for another batch size, number of heads or layout")
+    _check_units(q, k, active, gate)
     if not use_triton(impl, q, lambda: _refusal(q, k, v, state), "the decode step of attention spans"):
         with torch.no_grad():
-            return _step(q, k, v, state, layout, scale, start)
+            return _routed(_step(q, k, v, state, layout, scale, start), active, gate)
     from attnconvert.kernels.span.triton_decode import triton_span_attention_step
 
-    return triton_span_attention_step(q, k, v, state, layout, scale, start)
+    return triton_span_attention_step(q, k, v, state, layout, scale, start, active, gate)
+
+
+def _check_units(q: Tensor, k: Tensor, active: Tensor | None, gate: Tensor | None) -> None:
+    shapes = [(*q.shape[:2], units) for units in (k.shape[2], q.shape[2])]
+    for name, x in (("active", active), ("gate", gate)):
+        if x is not None and (active is None or x.shape != active.shape or x.shape not in shapes):
+            raise ValueError(
+                f"{name} is {list(x.shape)}; active, and gate beside it, have a column for each KV head or each query head: {list(shapes[0])} or {list(shapes[1])}"
+            )
+
+
+def _routed(out: Tensor, active: Tensor | None, gate: Tensor | None) -> Tensor:
+    """Outputs [B, T, H, D], all units used, with the units' factors, and 0 where a token does not use one."""
+    if active is None:
+        return out
+    units = out.unflatten(2, (active.shape[2], -1))
+    if gate is not None:
+        units = units * gate.to(out.dtype)[..., None, None]
+    return units.masked_fill(~active[..., None, None], 0).flatten(2, 3)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -7,6 +7,8 @@ recorded in a CUDA graph; a program whose share holds no key yet leaves at once.
 - The first program of a head starts from the step's own key, which it alone reads, and writes it into its slot. The key that was there is `ring`
   positions older, out of sight of every query of this step.
 - It also says how many parts there are. The merge adds them up in a fixed order, and counts the token, since nobody reads the length any more.
+
+Where queries use some of the units only, a KV head none of whose queries are used has no old keys to see: its first program writes, the others leave.
 """
 
 from __future__ import annotations
@@ -42,12 +44,15 @@ def _of(column, every, head):
 
 @triton.jit
 def span_decode(
-    Q, K, V, CACHE_K, CACHE_V, LENGTH, TABLE, START, PART, STATS, COUNT,
-    q_row, q_head, k_row, k_head, v_row, v_head, start_row, num_slots, split, scale,
-    SINKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
+    Q, K, V, CACHE_K, CACHE_V, LENGTH, TABLE, START, ACTIVE, PART, STATS, COUNT,
+    q_row, q_head, k_row, k_head, v_row, v_head, start_row, active_row, num_slots, split, scale,
+    SINKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, UNITS: tl.constexpr,
     ROWS: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs of all KV heads, B). PART [B, programs, GROUP, D] and STATS [B, programs, GROUP, 2], maximum (base 2) and sum, are fp32."""
+    """Grid (programs of all KV heads, B). PART [B, programs, GROUP, D] and STATS [B, programs, GROUP, 2], maximum (base 2) and sum, are fp32.
+
+    ACTIVE [B, UNITS], KV heads or query heads, says what is used; UNITS = 0: everything.
+    """
     program = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(LENGTH + b)
@@ -58,6 +63,13 @@ def span_decode(
     alphas = tl.load(table + 2, mask=every < KV_HEADS, other=0)
     betas = tl.load(table + 3, mask=every < KV_HEADS, other=0)
     leasts = tl.load(table + 4, mask=every < KV_HEADS, other=0)
+    row = tl.arange(0, ROWS)
+    uses = every * 0 + 1
+    if UNITS == KV_HEADS:
+        uses = tl.load(ACTIVE + b * active_row + every, mask=every < KV_HEADS, other=0).to(tl.int32)
+    elif UNITS > 0:
+        some = tl.load(ACTIVE + b * active_row + every[:, None] * GROUP + row[None, :], mask=(every < KV_HEADS)[:, None] & (row < GROUP)[None, :], other=0)
+        uses = tl.max(some.to(tl.int32), 1)
     programs = tl.where(every < KV_HEADS, tl.maximum((SINKS + rings + split - 1) // split, 1), 0)
     head = tl.sum((tl.cumsum(programs, 0) <= program).to(tl.int32), 0)
     mine = program - tl.sum(tl.where(every < head, programs, 0), 0)
@@ -69,13 +81,12 @@ def span_decode(
     window = tl.maximum(alpha + (((position + 1) * beta) >> FRACTION_BITS), least)
     low = tl.maximum(position + 1 - window, SINKS)  # the first key of the window that is no sink
     num_sinks = tl.minimum(position, SINKS).to(tl.int32)
-    num_keys = num_sinks + tl.maximum(position - low, 0).to(tl.int32)
+    num_keys = (num_sinks + tl.maximum(position - low, 0).to(tl.int32)) * _of(uses, every, head)
     lo = mine * split
     hi = tl.minimum(lo + split, num_keys)
     if (mine == 0) | (lo < num_keys):
         turn = tl.maximum(ring, 1)
         oldest = ((low - SINKS) % turn).to(tl.int32)
-        row = tl.arange(0, ROWS)
         d = tl.arange(0, BD)
         row_ok = row < GROUP
         d_ok = d < D
@@ -123,11 +134,11 @@ def span_decode(
 
 @triton.jit
 def span_merge(
-    PART, STATS, COUNT, OUT, LENGTH, TABLE, START, start_row, num_programs, split,
-    SINKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
+    PART, STATS, COUNT, OUT, LENGTH, TABLE, START, ACTIVE, GATE, start_row, active_row, gate_row, num_programs, split,
+    SINKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, UNITS: tl.constexpr, GATED: tl.constexpr,
     BG: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, B): the output of one query head of one row, OUT [B, H, D] contiguous."""
+    """Grid (H, B): the output of one query head of one row, OUT [B, H, D] contiguous. ACTIVE as in `span_decode`, GATE [B, UNITS] where GATED."""
     h = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     head = h // GROUP
@@ -135,6 +146,12 @@ def span_merge(
     ring = tl.load(TABLE + every * 5 + 1, mask=every < head, other=0)
     first = tl.sum(tl.where(every < head, tl.maximum((SINKS + ring + split - 1) // split, 1), 0), 0)
     count = tl.load(COUNT + b * KV_HEADS + head)
+    used = 1
+    unit = 0
+    if UNITS > 0:
+        unit = h // (KV_HEADS * GROUP // UNITS)
+        used = tl.load(ACTIVE + b * active_row + unit).to(tl.int32)
+        count = count * used
     d = tl.arange(0, BD)
     largest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
@@ -152,7 +169,11 @@ def span_merge(
         total = total * shrink + tl.sum(weights * sums, 0)
         out = out * shrink + tl.sum(weights[:, None] * parts, 0)
         largest = new_largest
+    if UNITS > 0:
+        total = tl.where(used != 0, total, float("inf"))
     factor = 1.0 / total
+    if GATED:
+        factor = tl.where(used != 0, factor * tl.load(GATE + b * gate_row + unit).to(tl.float32), 0.0)
     step = 1
     if PADDED:
         valid = tl.load(START + b * start_row) <= 0
@@ -187,21 +208,22 @@ def _num_programs(rings: tuple[int, ...], num_sinks: int, split: int) -> int:
 
 
 def _constants(
-    kv_heads: int, group: int, head_dim: int, num_sinks: int, num_parts: int, *, padded: bool, exact: bool
+    kv_heads: int, group: int, head_dim: int, num_sinks: int, num_parts: int, *, padded: bool, exact: bool, units: int = 0, gated: bool = False
 ) -> tuple[dict[str, Any], dict[str, int], dict[str, Any], dict[str, int]]:  # fmt: skip
-    """Constexprs and launch options of `span_decode` and of `span_merge`. num_parts: most programs of a KV head."""
+    """Constexprs and launch options of `span_decode` and of `span_merge`. num_parts: most programs of a KV head. units: 0 = all are used."""
     BD = max(16, triton.next_power_of_2(head_dim))
     shared = {
-        "SINKS": num_sinks, "KV_HEADS": kv_heads, "GROUP": group, "D": head_dim, "PADDED": padded, "BG": triton.next_power_of_2(kv_heads), "BD": BD,
+        "SINKS": num_sinks, "KV_HEADS": kv_heads, "GROUP": group, "D": head_dim, "PADDED": padded, "UNITS": units,
+        "BG": triton.next_power_of_2(kv_heads), "BD": BD,
     }  # fmt: skip
     ROWS = max(16, triton.next_power_of_2(group))
     decode = {**shared, "ROWS": ROWS, "BN": 64 if BD <= 128 else 32, "PRECISION": "ieee" if exact else "tf32"}
-    merge = {**shared, "BN": max(8, min(triton.next_power_of_2(num_parts), 8192 // BD))}  # all parts at once if registers can hold them
+    merge = {**shared, "GATED": gated, "BN": max(8, min(triton.next_power_of_2(num_parts), 8192 // BD))}  # all parts at once if registers can hold them
     options = {"num_warps": 4, "num_stages": 3} if ROWS * BD <= 8192 else {"num_warps": 8, "num_stages": 2}
     return decode, options, merge, {"num_warps": 4, "num_stages": 2}
 
 
-_TENSORS = ("q", "k", "v", "cache_k", "cache_v", "length", "table", "start")
+_TENSORS = ("q", "k", "v", "cache_k", "cache_v", "length", "table", "start", "active", "gate")
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -218,25 +240,29 @@ def _plan(tensors: tuple[Any, ...], rings: tuple[int, ...], num_sinks: int, scal
     scratch.add("stats", (B, programs, H // G, 2), torch.float32)
     scratch.add("count", (B, G), torch.int32)
     decode, decode_options, merge, merge_options = _constants(
-        G, H // G, D, num_sinks, _num_programs((max(rings),), num_sinks, split), padded="start" in known, exact=dtype == torch.float32
-    )
-    start, start_row = ("start", stride["start"][0]) if "start" in known else ("length", 0)  # an absent tensor is a pointer the kernel never follows
+        G, H // G, D, num_sinks, _num_programs((max(rings),), num_sinks, split), padded="start" in known, exact=dtype == torch.float32,
+        units=shape["active"][2] if "active" in known else 0, gated="gate" in known,
+    )  # fmt: skip
+    # An absent tensor is a pointer the kernel never follows.
+    (start, start_row), (active, active_row), (gate, gate_row) = ((name, stride[name][0]) if name in known else ("length", 0) for name in _TENSORS[-3:])
     strides = [stride[name][axis] for name in "qkv" for axis in (0, 2)]
     launches = [
         Launch(
-            span_decode, (programs, B), ("q", "k", "v", "cache_k", "cache_v", "length", "table", start, "part", "stats", "count", *strides, start_row, shape["cache_k"][1], split, scale),
+            span_decode, (programs, B), ("q", "k", "v", "cache_k", "cache_v", "length", "table", start, active, "part", "stats", "count", *strides, start_row, active_row,
+            shape["cache_k"][1], split, scale),
             decode, decode_options,
         ),
-        Launch(span_merge, (H, B), ("part", "stats", "count", "out", "length", "table", start, start_row, programs, split), merge, merge_options),
+        Launch(span_merge, (H, B), ("part", "stats", "count", "out", "length", "table", start, active, gate, start_row, active_row, gate_row, programs, split), merge, merge_options),
     ]  # fmt: skip
     return Plan(device, (*_TENSORS, "out", "scratch"), launches, {"scratch": scratch}), scratch
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor, table: Tensor, start: Tensor | None, rings: list[int], num_sinks: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor, table: Tensor, start: Tensor | None, active: Tensor | None,
+    gate: Tensor | None, rings: list[int], num_sinks: int, scale: float,
 ) -> Tensor:  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    tensors = (q, k, v, cache_k, cache_v, length, table, start)
+    tensors = (q, k, v, cache_k, cache_v, length, table, start, active, gate)
     plan, scratch = _plan(signature(*tensors), tuple(rings), num_sinks, scale)
     plan(*tensors, out, scratch.allocate(q.device))
     return out
@@ -247,22 +273,26 @@ _op = torch.library.custom_op(
     f"{NAMESPACE}::span_attention_step",
     _launch,
     mutates_args=("cache_k", "cache_v", "length"),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor(c!) length, Tensor table, Tensor? start, SymInt[] rings, SymInt num_sinks, float scale) -> Tensor",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor(c!) length, Tensor table, Tensor? start, Tensor? active, Tensor? gate, "
+    "SymInt[] rings, SymInt num_sinks, float scale) -> Tensor",
 )
 
 
 @_op.register_fake
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor, table: Tensor, start: Tensor | None, rings: list[int], num_sinks: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor, table: Tensor, start: Tensor | None, active: Tensor | None,
+    gate: Tensor | None, rings: list[int], num_sinks: int, scale: float,
 ) -> Tensor:  # fmt: skip
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def triton_span_attention_step(q: Tensor, k: Tensor, v: Tensor, state: Any, layout: Any, scale: float, start: Tensor | None) -> Tensor:
+def triton_span_attention_step(
+    q: Tensor, k: Tensor, v: Tensor, state: Any, layout: Any, scale: float, start: Tensor | None, active: Tensor | None, gate: Tensor | None
+) -> Tensor:
     """See `span_attention_step`; `step_refusal` must have returned None."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v, active, gate = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, active, gate))
     run = _op if torch.compiler.is_compiling() else _launch
-    return run(q.detach(), k.detach(), v.detach(), state.k, state.v, state.length, layout.table, start, layout.rings, layout.num_sinks, scale)
+    return run(q.detach(), k.detach(), v.detach(), state.k, state.v, state.length, layout.table, start, active, gate, layout.rings, layout.num_sinks, scale)
 
 
 def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
@@ -272,34 +302,40 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
         arch: 10 * major + minor of the compute capability; blocks do not depend on it.
     """
     scratch = {"PART": "*fp32", "STATS": "*fp32", "COUNT": "*i32"}
-    common = {"LENGTH": "*i64", "TABLE": "*i32", "START": "*i64"}
+    common = {"LENGTH": "*i64", "TABLE": "*i32", "START": "*i64", "ACTIVE": "*i64", "start_row": "i32", "active_row": "i32"}
     decode_signature = {**dict.fromkeys(("Q", "K", "V", "CACHE_K", "CACHE_V"), "*bf16"), **common, **scratch}
     decode_signature |= dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head"), "i32:16")
-    decode_signature |= {"start_row": "i32", "num_slots": "i32:16", "split": "i32:16", "scale": "fp32"}
+    decode_signature |= {"num_slots": "i32:16", "split": "i32:16", "scale": "fp32"}
     merge_signature = {
         "PART": "*fp32",
         "STATS": "*fp32",
         "COUNT": "*i32",
         "OUT": "*bf16",
+        "GATE": "*i64",
         **common,
-        "start_row": "i32",
+        "gate_row": "i32",
         "num_programs": "i32",
         "split": "i32:16",
     }
     configs = []
-    for D, H, G, sinks, parts, padded in (
-        (128, 32, 8, 64, 64, True),
-        (128, 32, 8, 64, 64, False),
-        (128, 32, 32, 64, 8, True),
-        (64, 9, 3, 64, 64, True),
-        (64, 32, 8, 4, 16, True),
-        (32, 8, 8, 64, 64, True),
-        (96, 32, 32, 64, 64, True),
-        (256, 8, 4, 64, 32, True),
-        (256, 64, 1, 64, 32, True),
+    for D, H, G, sinks, parts, padded, units, gated in (
+        (128, 32, 8, 64, 64, True, 0, False),
+        (128, 32, 8, 64, 64, False, 0, False),
+        (128, 32, 32, 64, 8, True, 0, False),
+        (64, 9, 3, 64, 64, True, 0, False),
+        (64, 32, 8, 4, 16, True, 0, False),
+        (32, 8, 8, 64, 64, True, 0, False),
+        (96, 32, 32, 64, 64, True, 0, False),
+        (256, 8, 4, 64, 32, True, 0, False),
+        (256, 64, 1, 64, 32, True, 0, False),
+        (128, 32, 8, 0, 64, True, 8, False),
+        (128, 32, 8, 0, 64, True, 32, True),
+        (128, 32, 32, 0, 64, True, 32, False),
+        (64, 9, 3, 0, 64, True, 9, True),
     ):
-        decode, decode_options, merge, merge_options = _constants(G, H // G, D, sinks, parts, padded=padded, exact=False)
-        name = f"d{D}-h{H}-g{G}-a{sinks}" + ("" if padded else "-unpadded")
-        configs.append((f"span_decode-{name}", span_decode, decode_signature, decode, decode_options, 0))
-        configs.append((f"span_merge-{name}", span_merge, merge_signature, merge, merge_options, 0))
+        decode, decode_options, merge, merge_options = _constants(G, H // G, D, sinks, parts, padded=padded, exact=False, units=units, gated=gated)
+        name = f"d{D}-h{H}-g{G}-a{sinks}" + ("" if padded else "-unpadded") + (f"-u{units}" if units else "") + ("-gated" if gated else "")
+        routing = ({"ACTIVE": "*i1"} if units else {}) | ({"GATE": "*fp32"} if gated else {})
+        configs.append((f"span_decode-{name}", span_decode, decode_signature | {"ACTIVE": routing.get("ACTIVE", "*i64")}, decode, decode_options, 0))
+        configs.append((f"span_merge-{name}", span_merge, merge_signature | routing, merge, merge_options, 0))
     return configs

@@ -64,6 +64,12 @@ def graph_refusal(model: Any, cache: Any) -> str | None:
     return None
 
 
+@functools.cache
+def capture_stream(device: int) -> Any:
+    """The stream of a device on which graphs are captured: always the same, since cuBLAS keeps a workspace for each (32 MiB on an H100) until the process ends."""
+    return torch.cuda.Stream(device)
+
+
 class DecodeGraph:
     """The forward pass of a converted model; single-token steps on one cache are replayed from a CUDA graph.
 
@@ -146,7 +152,7 @@ class DecodeGraph:
         self._static = {name: value.clone(memory_format=torch.contiguous_format) for name, value in values.items()}
         layers = inputs["past_key_values"].layers
         before = [layer.num_tokens for layer in layers]
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph, stream = torch.cuda.CUDAGraph(), capture_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):

@@ -32,7 +32,7 @@ class SeamInputs:
         start: [B, T] index of the first token of each token's document in this call (negative never; a padding token before the
             document has the document's start, greater than its own index); None = no padding and no packing.
         scaling: factor on q.k.
-        aligned_to: window sizes of the plan of which every document start is known to be a multiple.
+        aligned_to: window sizes and alignments of blocks in the plan of which every document start is known to be a multiple; those of blocks only without padding.
         sliding_window: window of the original layer in tokens, or None.
         layer: the cache layer when decoding with a cache, else None.
     """
@@ -152,10 +152,12 @@ class AttentionCore(nn.Module):
         static_decode: a decode step changes the tensors of its cache layer in place, allocates none for it and never waits for the
             device, so it can be captured in a CUDA graph.
         needs_planned_length: `static_decode` holds only for a cache that was told its length.
+        changes_projections: `fit` changes what the attention module's projections compute, so that the layer is no longer the teacher's.
     """
 
     static_decode = False
     needs_planned_length = False
+    changes_projections = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +167,7 @@ class AttentionCore(nn.Module):
         self.needs_calibration = False
 
     def fit(self, module: nn.Module) -> None:
-        """Change the attention module that the core will be the child of, when a model is built or converted. Default: nothing to change."""
+        """Change the attention module that the core will be the child of, or get to know it, when a model is built or converted. Default: nothing to do."""
 
     def original(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> Tensor:
         """The teacher's attention of whole sequences, shapes as in `forward`. Raises ValueError where the layer's projections are no longer the teacher's."""

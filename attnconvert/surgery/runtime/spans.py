@@ -77,15 +77,9 @@ class SpanAttention(AttentionCore):
             out = span_attention(q, k, v, alpha=alpha, beta=beta, least=least, num_sinks=self.num_sinks, scale=scale, start=start)
             if layer is not None:
                 layout = span_layout(self.alphas, self.betas, self.leasts, self.num_sinks, max(layer.num_tokens, layer.planned_length or 0), q.device)
-                _keep(layer, fill(k, v, layout, start)._asdict(), layout)
+                keep(layer, fill(k, v, layout, start)._asdict(), layout)
             return out.transpose(1, 2)
-        state, layout = SpanState(**layer.state), layer.layout
-        assert isinstance(layout, SpanLayout)
-        if layer.num_tokens > layout.capacity:
-            planned = layer.planned_length or 0
-            grown, layout = resized(state, layout, planned if layer.num_tokens <= planned else layer.num_tokens + SPARE_TOKENS)
-            _keep(layer, layer.state if grown is state else grown._asdict(), layout)  # the same tensors stay the same dict: a CUDA graph is known by it
-            state = grown
+        state, layout = with_room(layer)
         if q.shape[1] == 1 and not torch.is_grad_enabled():
             out = span_attention_step(q, k, v, state, layout, scale=scale, start=start)
         else:
@@ -94,5 +88,18 @@ class SpanAttention(AttentionCore):
         return out.transpose(1, 2)
 
 
-def _keep(layer: CoreCacheLayer, state: dict[str, Tensor], layout: SpanLayout) -> None:
+def keep(layer: CoreCacheLayer, state: dict[str, Tensor], layout: SpanLayout) -> None:
+    """Store a state and its layout."""
     layer.state, layer.layout, layer.capacity = state, layout, layout.capacity
+
+
+def with_room(layer: CoreCacheLayer) -> tuple[SpanState, SpanLayout]:
+    """The stored state, grown first where the tokens that `layer` has counted already would not fit."""
+    state, layout = SpanState(**layer.state), layer.layout
+    assert isinstance(layout, SpanLayout)
+    if layer.num_tokens > layout.capacity:
+        planned = layer.planned_length or 0
+        grown, layout = resized(state, layout, planned if layer.num_tokens <= planned else layer.num_tokens + SPARE_TOKENS)
+        keep(layer, layer.state if grown is state else grown._asdict(), layout)  # the same tensors stay the same dict: a CUDA graph is known by it
+        state = grown
+    return state, layout

@@ -26,6 +26,8 @@ class UnevenAttention(AttentionCore):
         noise: in training, subtract from each row of attention weights normal noise of the row's mean and deviation, its own token excepted (PGQA).
     """
 
+    changes_projections = True
+
     def __init__(self, num_heads: int, num_key_value_heads: int, head_dim: int, kv_heads: int, query_heads: list[int] | None = None, noise: bool = False):
         super().__init__()
         self.query_heads = even_split(num_heads, kv_heads) if query_heads is None else list(query_heads)
