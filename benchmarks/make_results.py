@@ -403,7 +403,13 @@ def infllm() -> str:
             body.append([f"{length:,}", "the source", "0", "1", number(here[0]["teacher_ppl"], 3), "1", "-", "0", "1", number(here[0]["teacher_passkey"], 2), thirds(here[0]["teacher_passkey_by_third"])])  # fmt: skip
             for row in sorted(here, key=lambda r: (not r["variant"].startswith("window"), r["tokens"])):
                 other = sources.get((length, row["tokens"]))
-                name = f"window of {int(row['variant'].rpartition('-')[2]):,}" if row["variant"].startswith("window") else "blocks"
+                name = (
+                    f"window of {int(row['variant'].rpartition('-')[2]):,}"
+                    if row["variant"].startswith("window")
+                    else "blocks, scored by their mean key"
+                    if "mean" in row["variant"]
+                    else "blocks"
+                )
                 body.append(
                     [
                         f"{length:,}", name, f"{row['tokens'] / 1e6:.1f} M" if row["tokens"] else "0", number(row["density"], 3), number(row["ppl"], 3), number(row["ppl_ratio"], 4),
@@ -842,7 +848,24 @@ def block_figures() -> str:
     ]
     if body:
         text += f"### Blocks, where the time goes (microseconds per kernel)\n{table(['pass', 'queries and keys', 'heads / KV heads', 'tokens', *(part.removesuffix('_kernel') for part in parts)], body)}\n"
-    return text + f"{where(meta)}\n\n" + block_decode()
+    return text + f"{where(meta)}\n\n" + block_earlier() + block_decode()
+
+
+def block_earlier() -> str:
+    """An earlier form of the kernels, for the dense times that were measured beside it."""
+    found = load("blocks_earlier_h100.json")
+    body = []
+    for _, r in found:
+        if r["impl"] == "triton" and r["data"] == "model":
+            dense = next((o["ms"] for _, o in found if o["impl"] == "cudnn" and all(o[x] == r[x] for x in ("name", "T", "H", "G"))), None)
+            if dense is not None:
+                body.append(
+                    [BLOCK_ROWS[r["name"]], f"{r['H']} / {r['G']}", f"{r['T']:,}", milliseconds(r["ms"]), milliseconds(dense), number(dense / r["ms"], 2)]
+                )
+    if not body:
+        return ""
+    header = ["pass", "heads / KV heads", "tokens", "ours, a model's queries and keys", "dense, cuDNN", "times faster"]
+    return f"### Blocks, an earlier form beside dense attention in one run\n{table(header, body)}\n{where(found[0][0])}\n\n"
 
 
 def block_decode() -> str:

@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
         plan = with_span_rules(plan, {idx: [(rule.alpha, rule.beta) for rule in own] for idx, own in rules[max(args.lengths)].items()})
     swap(student, plan)
     search_seconds = time.perf_counter() - began
-    if args.variant != SOURCE:
+    if args.variant != SOURCE and not args.only_trained:
         measure(student, rules, tokens=0, seconds=round(search_seconds, 1))
     if args.tokens and not args.variant.startswith(UNIFORM):  # a window for all lengths can be trained, one for each cannot
         began = time.perf_counter()
@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=lambda text: [int(x) for x in text.split(",")], default=[2048, 4096, 8192])
     parser.add_argument("--sinks", type=int, default=64)
     parser.add_argument("--tokens", type=parse_token_count, default=0, help="of finetuning; 0 = none")
+    parser.add_argument("--only-trained", action="store_true", help="no rows before training")
     parser.add_argument("--length", type=int, default=4096, help="tokens per training row")
     parser.add_argument("--documents", type=int, default=32, help="held-out documents at most")
     parser.add_argument("--trials", type=int, default=50, help="pass-key prompts per length")

@@ -670,3 +670,14 @@ def test_recall_rows_ask_for_facts_given_earlier_and_keep_the_budget(tmp_path: P
         assert any(count >= 2 for count in numbers.values())
     again = load_data(DataConfig(source="embedded", recall=0.25), tokenizer, **config)
     assert again.description == mixed.description
+
+
+def test_rows_know_where_their_documents_may_begin():
+    def rows(*lengths):
+        position = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])[None]
+        return PackedRows(torch.zeros_like(position), position)
+
+    assert rows(256).alignment == 256
+    assert rows(128, 64, 64).alignment == 64
+    assert rows(129, 127).alignment == 1
+    assert MixedRows((rows(64), rows(192, 64))).alignment == 64

@@ -30,6 +30,7 @@ import hashlib
 import heapq
 import importlib
 import json
+import math
 import random
 import re
 import zlib
@@ -118,6 +119,12 @@ class PackedRows:
         """T."""
         return self.input_ids.shape[1]
 
+    @property
+    def alignment(self) -> int:
+        """The largest number of which the starts of all documents in their rows are multiples; rows that are one document each have their length."""
+        inside = (self.position_ids[:, 1:] != self.position_ids[:, :-1] + 1).any(0).nonzero().flatten() + 1
+        return math.gcd(self.length, *inside.tolist())
+
     def rows(self, indices: Sequence[int]) -> Batch:
         """The rows `indices`, in that order."""
         index = torch.as_tensor(indices, dtype=torch.int64)
@@ -149,6 +156,11 @@ class MixedRows:
     def length(self) -> int:
         """Tokens of the longest rows."""
         return self.parts[-1].length
+
+    @property
+    def alignment(self) -> int:
+        """As of `PackedRows`, of all lengths."""
+        return math.gcd(*(part.alignment for part in self.parts))
 
     def batch(self, seed: int, step: int, num_tokens: int) -> Batch:
         """The rows of optimizer step `step`, `num_tokens` in all, of one length."""

@@ -88,6 +88,10 @@ def signature(*tensors: Tensor | None) -> tuple[tuple[torch.Size, tuple[int, ...
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors])
 
 
+# Looking through a binary takes milliseconds, and plans for other lengths run the same ones.
+_uses_of_stack_pointer = functools.lru_cache(maxsize=None)(uses_of_stack_pointer)
+
+
 class MiscompiledKernelError(RuntimeError):
     """No way to compile a kernel gave sound machine code."""
 
@@ -109,7 +113,7 @@ def sound_options(options: Mapping[str, int], compile_with: Callable[[dict[str, 
     for change in ({}, *other, other[0] | other[1]):
         varied = {**options, **change}
         cubin = compile_with(varied)
-        if cubin is not None and not uses_of_stack_pointer(cubin):
+        if cubin is not None and not _uses_of_stack_pointer(cubin):
             return varied
     raise MiscompiledKernelError(
         f"ptxas of Triton {triton.__version__} compiles this kernel to machine code with wrong addresses, with {dict(options)} and all variations;"

@@ -28,11 +28,20 @@ from attnconvert.kernels.softmax import QUERY_CHUNK, masked_attention, recompute
 
 
 def compress(k: Tensor, kernel: int, stride: int) -> Tensor:
-    """Means of `kernel` neighbouring keys, `stride` apart, in k's dtype. k: [B, T, G, D] of documents that begin at 0 -> [B, n, G, D], windows that are whole."""
-    wide = k.double() if k.dtype == torch.float64 else k.float()
-    if num_windows(k.shape[1], kernel, stride) == 0:
+    """Means of `kernel` neighbouring keys, `stride` apart, in k's dtype. k: [B, T, G, D] of documents that begin at 0 -> [B, n, G, D], windows that are whole.
+
+    kernel is a multiple of stride.
+    """
+    count, pieces = num_windows(k.shape[1], kernel, stride), kernel // stride
+    if count == 0:
         return k.new_zeros(k.shape[0], 0, *k.shape[2:])
-    return wide.unfold(1, kernel, stride).mean(-1).to(k.dtype)
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    # Sums of `stride` keys first, which neighbouring windows share: each key is read once.
+    sums = k[:, : (count - 1) * stride + kernel].unflatten(1, (-1, stride)).sum(2, dtype=wide)
+    total = sums[:, :count]
+    for piece in range(1, pieces):
+        total = total + sums[:, piece : piece + count]
+    return (total / kernel).to(k.dtype)
 
 
 def compressed_keys(k: Tensor, rule: BlockRule) -> tuple[Tensor, Tensor]:
