@@ -22,20 +22,17 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import itertools
 import json
-import os
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_linear import FLUSH_BYTES, Ceilings, fa3_rival, forward_backward, measure, measure_ceilings, meta, relative_error, sdpa_rival
+from bench_linear import Ceilings, forward_backward, relative_error
+from kernel_rows import PassRows, Shape, arguments, names, random_qkv
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from attnconvert.kernels.blocks import reference
 from attnconvert.kernels.blocks.api import block_sparse_attention
@@ -48,18 +45,6 @@ MAX_DENSE_TRAINING = 65536  # tokens; more takes seconds a call
 SAMPLES = 32  # rows compared with PyTorch
 OUTPUT_ERROR, SCORE_ERROR = 1e-2, 2e-2  # relative
 NSA_BLOCKS = 64
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One size of the operator."""
-
-    B: int
-    T: int
-    H: int
-    G: int
-    D: int = 128
-
 
 PREFILL = tuple(Shape(1, T, 32, G) for T in (32768, 131072, 8192) for G in (2, 8))
 BACKWARD = tuple(Shape(1, T, 32, G) for T in (65536, 32768) for G in (2, 8))
@@ -165,81 +150,42 @@ def kernel_times(function: Callable[[], Any]) -> dict[str, float]:
     return times
 
 
-class Bench:
-    """Rows so far; written after each one."""
+class Bench(PassRows):
+    """A row for each operator, shape and kind of data."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.device = args, torch.device("cpu" if args.rehearse else "cuda")
-        self.flush = None if args.rehearse else torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-        self.impl: Any = "reference" if args.rehearse else "triton"
+        super().__init__(args, "bench_blocks")
         self.rule = BlockRule(32, 1, 2, 6, 0) if args.rehearse else RULE
         small = (Shape(1, 400, 4, 2, 16),)
         self.shapes = {ROWS["prefill"]: small if args.rehearse else PREFILL, ROWS["backward"]: small if args.rehearse else BACKWARD}
-        self.began = time.monotonic()
-        self.rows: list[dict[str, Any]] = []
-        self.meta = meta()
-        self.meta["command"] = self.meta["command"].replace("bench_linear", "bench_blocks")
         for given, shown in ((args.model, "MODEL"), (args.text, "TEXT")):
             self.meta["command"] = self.meta["command"].replace(str(given), shown) if given else self.meta["command"]
-        self.ceilings = measure_ceilings(self.flush)
-        self.meta["ceilings"] = {"copy_bytes_per_s": self.ceilings.copy, "gemm_flop_per_s": self.ceilings.gemm}
         self.meta["rule"] = self.rule._asdict()
         longest = max(shape.T for name in args.only for shape in self.shapes[ROWS[name]])
         self.captured = capture(args.model, args.text, longest, self.device) if "model" in args.data else []
 
     def inputs(self, data: str, shape: Shape) -> dict[str, Tensor]:
-        generator = torch.Generator(self.device).manual_seed(0)
-        dtype = torch.float32 if self.args.rehearse else torch.bfloat16
-        sizes = {"q": shape.H, "k": shape.G, "v": shape.G}
-        drawn = {name: torch.randn(shape.B, shape.T, heads, shape.D, device=self.device, dtype=dtype, generator=generator) for name, heads in sizes.items()}
+        drawn = random_qkv(shape, self.device, torch.Generator(self.device).manual_seed(0))
         if data == "model":
             drawn["q"], drawn["k"] = paired(self.captured, shape)
         return drawn
 
-    def add(self, name: str, impl: str, data: str, shape: Shape, **values: Any) -> None:
-        """Append a row, print it and write the file."""
+    def row(self, name: str, impl: str, data: str, shape: Shape) -> dict[str, Any]:
+        """What a row says before it is measured."""
         floor = floor_ms(name, shape, self.rule, self.ceilings)
         goal = GOALS_MS.get((shape.T, shape.G)) if name == ROWS["prefill"] and impl == "triton" else None
-        row = {"name": name, "impl": impl, "data": data, **asdict(shape), "floor_ms": floor, **({} if goal is None else {"goal_ms": goal}), **values}
-        self.rows.append(row)
-        ms = values.get("ms")
-        took = "-" if ms is None else f"{ms:9.3f} ms {ms / floor:6.2f} x floor"
-        print(f"{name:24s} {impl:8s} {data:6s} T={shape.T:<6d} H={shape.H} G={shape.G} {took} {values.get('note', '')}", flush=True)
-        if "kernel_us" in values:
-            print("    ", values["kernel_us"], values.get("errors"), flush=True)
-        self.write()
+        return {"name": name, "impl": impl, "data": data, **asdict(shape), "floor_ms": floor, **({} if goal is None else {"goal_ms": goal})}
 
-    def write(self) -> None:
-        """All rows, each of ours with its rivals' times beside it."""
+    def line(self, row: dict[str, Any]) -> str:
+        took = "-" if row["ms"] is None else f"{row['ms']:9.3f} ms {row['ms'] / row['floor_ms']:6.2f} x floor"
+        text = f"{row['name']:24s} {row['impl']:8s} {row['data']:6s} T={row['T']:<6d} H={row['H']} G={row['G']} {took} {row.get('note', '')}"
+        return f"{text}\n     {row['kernel_us']} {row.get('errors')}" if "kernel_us" in row else text
+
+    def compare(self) -> None:
+        """Rivals' times beside ours, whatever the data."""
         for row in self.rows:
             if row["impl"] == "triton":
-                same = [r for r in self.rows if r["impl"] != "triton" and all(r[x] == row[x] for x in ("name", "B", "T", "H", "G", "D"))]
-                row["rivals"] = {other["impl"]: other["ms"] for other in same if other["ms"] is not None}
-        if self.args.out == os.devnull:
-            return
-        path = Path(self.args.out)
-        path.with_suffix(".tmp").write_text(json.dumps({"meta": self.meta, "rows": self.rows}, indent=1) + "\n")
-        os.replace(path.with_suffix(".tmp"), path)
-
-    def guarded(self, name: str, impl: str, data: str, shape: Shape, work: Callable[[], dict[str, Any]]) -> None:
-        """Run one measurement; whatever it raises becomes the row's note."""
-        if time.monotonic() - self.began > self.args.budget:
-            self.add(name, impl, data, shape, ms=None, note="not measured: the time budget was spent")
-            return
-        try:
-            values = work()
-        except Exception as error:  # a rival may refuse in any way, and its refusal is a result
-            values = {"ms": None, "note": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"}
-        self.add(name, impl, data, shape, **values)
-        gc.collect()
-        if self.flush is not None:
-            torch.cuda.empty_cache()
-
-    def timed(self, name: str, forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> dict[str, Any]:
-        if name == ROWS["backward"]:
-            return asdict(measure(forward_backward(forward, leaves), self.flush, self.args.seconds))
-        with torch.no_grad():
-            return asdict(measure(forward, self.flush, self.args.seconds))
+                row["rivals"] = {other["impl"]: other["ms"] for other in self.rivals_of(row, ("name", "B", "T", "H", "G", "D"))}
 
     def ours(self, name: str, data: str, shape: Shape) -> dict[str, Any]:
         inputs, scale = self.inputs(data, shape), shape.D**-0.5
@@ -250,22 +196,13 @@ class Bench:
                 values["errors"] = check(inputs, run(), self.rule, scale)
             if not (values["errors"]["output"] < OUTPUT_ERROR and values["errors"]["selection"] < SCORE_ERROR):
                 return {"ms": None, "note": f"wrong, so not timed: {values['errors']}", **values}
-        values |= self.timed(name, run, list(inputs.values()))
+        values |= self.timed(run, list(inputs.values()), name == ROWS["backward"])
         if not self.args.rehearse:
             again = forward_backward(run, list(inputs.values())) if name == ROWS["backward"] else torch.no_grad()(run)
             values["kernel_us"] = kernel_times(again)
         return values
 
-    def dense(self, name: str, rival: str, data: str, shape: Shape) -> dict[str, Any]:
-        inputs = self.inputs("random", shape)
-        if rival == "fa3":
-            forward, leaves, note = fa3_rival(shape, inputs)  # type: ignore[arg-type]
-        else:
-            backend = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[rival]
-            forward, leaves, note = sdpa_rival(SDPBackend.MATH if self.args.rehearse else backend, shape, inputs)  # type: ignore[arg-type]
-        return {**self.timed(name, forward, leaves), "note": f"dense causal; {note}" if note else "dense causal"}
-
-    def nsa(self, name: str, data: str, shape: Shape) -> dict[str, Any]:
+    def nsa(self, shape: Shape) -> dict[str, Any]:
         from fla.ops.nsa import parallel_nsa
 
         inputs = self.inputs("random", shape)
@@ -275,7 +212,10 @@ class Bench:
         gate = torch.ones(1, shape.T, shape.H, device=self.device, dtype=inputs["q"].dtype)
         chosen = drawn.sort(-1).values
         forward = functools.partial(parallel_nsa, **inputs, g_slc=gate, block_indices=chosen, block_counts=NSA_BLOCKS, block_size=RULE.block_size)
-        return {**self.timed(name, forward, list(inputs.values())), "note": f"attention alone, to {NSA_BLOCKS} given blocks"}
+        return {**self.timed(forward, list(inputs.values()), backward=False), "note": f"attention alone, to {NSA_BLOCKS} given blocks"}
+
+    def rival(self, name: str, rival: str, shape: Shape) -> dict[str, Any]:
+        return self.dense(rival, shape, self.inputs("random", shape), name == ROWS["backward"])
 
     def run(self) -> None:
         """Ours first, then the rivals, which know nothing of the data."""
@@ -283,42 +223,31 @@ class Bench:
             name = ROWS[part]
             for shape in self.shapes[name]:
                 for data in self.args.data:
-                    self.guarded(name, "triton", data, shape, functools.partial(self.ours, name, data, shape))
+                    self.guarded(self.row(name, "triton", data, shape), functools.partial(self.ours, name, data, shape))
         for part in self.args.only:
             name = ROWS[part]
             for shape in self.shapes[name]:
                 for rival in self.args.rivals:
                     if rival == "fla-nsa":
                         if part == "prefill" and shape.H // shape.G == 16 and shape.T <= 32768:
-                            self.guarded(name, rival, "random", shape, functools.partial(self.nsa, name, "random", shape))
+                            self.guarded(self.row(name, rival, "random", shape), functools.partial(self.nsa, shape))
                     elif part == "prefill" or (rival != "fa3" and shape.T <= MAX_DENSE_TRAINING):
-                        self.guarded(name, rival, "random", shape, functools.partial(self.dense, name, rival, "random", shape))
+                        self.guarded(self.row(name, rival, "random", shape), functools.partial(self.rival, name, rival, shape))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def names(text: str) -> list[str]:
-        return [x for x in text.split(",") if x]
-
-    parser.add_argument("--out", required=True)
+    parser = arguments(__doc__, ("cudnn", "fa3", "fla-nsa"), budget=540.0)
     parser.add_argument("--model", type=Path, help="model with heads of 64, for the rows `model`")
     parser.add_argument("--text", type=Path, help="long documents, .jsonl with a key `text`")
     parser.add_argument("--only", type=names, default=list(ROWS))
     parser.add_argument("--data", type=names, default=["model", "random"])
-    parser.add_argument("--rivals", type=names, default=["cudnn", "fa3", "fla-nsa"], help="empty = none")
     parser.add_argument("--seconds", type=float, default=0.1, help="repeats of one measurement")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds after which what is left gets a row without a figure")
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     args = parser.parse_args()
     if "model" in args.data and (args.model is None or args.text is None):
         parser.error("rows of `model` need --model and --text; --data random goes without")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
     bench = Bench(args)
     bench.run()
-    bench.write()
-    print(f"{time.monotonic() - began:.0f} s")
+    bench.finish()
 
 
 if __name__ == "__main__":

@@ -21,20 +21,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
-import json
-import os
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from bench_linear import FLUSH_BYTES, Ceilings, forward_backward, measure, measure_ceilings, meta, relative_error, sdpa_rival, wrong
+from bench_linear import Ceilings, relative_error, wrong
+from kernel_rows import PassRows, Shape, arguments, errors_of_heads, names, random_qkv, took
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from attnconvert.kernels.span import reference
@@ -45,18 +39,6 @@ NUM_SINKS = 64
 FLEX_BLOCK = 128
 MAX_DENSE_TRAINING = 65536  # tokens; dense forward and backward of more takes a second a call
 ROWS = {"forward": "span.forward", "backward": "span.forward_backward"}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One size of the operator."""
-
-    B: int
-    T: int
-    H: int
-    G: int
-    D: int = 128
-
 
 # MoA's mix of windows; and rules that grow with the position, where pairs are quadratic in T again
 FORMS: dict[str, tuple[tuple[int, int], ...]] = {
@@ -89,10 +71,7 @@ def floor_ms(name: str, form: str, shape: Shape, ceilings: Ceilings) -> float:
 
 def make_inputs(form: str, shape: Shape, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Random q, k, v and the operator's other arguments."""
-    generator = torch.Generator(device).manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sizes = {"q": shape.H, "k": shape.G, "v": shape.G}
-    inputs = {name: torch.randn(shape.B, shape.T, heads, shape.D, device=device, dtype=dtype, generator=generator) for name, heads in sizes.items()}
+    inputs = random_qkv(shape, device, torch.Generator(device).manual_seed(0))
     alpha, beta = torch.tensor(rules_of(form, shape), dtype=torch.int32, device=device).T.contiguous()
     return inputs, {"alpha": alpha, "beta": beta, "num_sinks": NUM_SINKS, "scale": shape.D**-0.5}
 
@@ -103,22 +82,9 @@ def check(form: str, shape: Shape, inputs: dict[str, Tensor], options: dict[str,
     heads = [rules.index(rule) for rule in dict.fromkeys(rules)]
     R = shape.H // shape.G
     pick = {"q": [head * R + r for head in heads for r in range(R)], "k": heads, "v": heads}
-    small = {name: x[:, :, pick[name]].detach().float().requires_grad_(gradients) for name, x in inputs.items()}
     few = options | {name: options[name][heads] for name in ("alpha", "beta")}
-    for x in inputs.values():
-        x.requires_grad_(gradients)
-    with nullcontext() if gradients else torch.no_grad():
-        out = span_attention(**inputs, **options, impl=impl)
-        wanted = reference.span_attention(**small, **few)
-    errors = {"output": relative_error(out[:, :, pick["q"]], wanted)}
-    if gradients:
-        upstream = torch.randn_like(out)
-        ours = torch.autograd.grad(out, list(inputs.values()), upstream)
-        theirs = torch.autograd.grad(wanted, list(small.values()), upstream[:, :, pick["q"]].float())
-        errors |= {f"d{name}": relative_error(a[:, :, pick[name]], b) for name, a, b in zip(inputs, ours, theirs, strict=True)}
-    for x in inputs.values():
-        x.requires_grad_(False)
-    return errors
+    ours = functools.partial(span_attention, **options, impl=impl)
+    return errors_of_heads(inputs, pick, gradients, ours, functools.partial(reference.span_attention, **few))
 
 
 def flex_mask(shape: Shape, options: dict[str, Any]) -> BlockMask:
@@ -142,67 +108,31 @@ def flex_mask(shape: Shape, options: dict[str, Any]) -> BlockMask:
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees, seq_lengths=(shape.T, shape.T))
 
 
-class Bench:
-    """Rows so far; written after each one."""
+class Bench(PassRows):
+    """A row for each operator, form and shape."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.device = torch.device("cpu" if args.rehearse else "cuda")
-        self.flush = None if args.rehearse else torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-        self.impl: Any = "reference" if args.rehearse else "triton"
+        super().__init__(args, "bench_span")
         self.shapes = (Shape(1, 200, 4, 4, 16), Shape(2, 300, 8, 4, 16)) if args.rehearse else SHAPES
-        self.began = time.monotonic()
-        self.rows: list[dict[str, Any]] = []
-        self.meta = meta()
-        self.meta["command"] = self.meta["command"].replace("bench_linear", "bench_span")
-        self.ceilings = measure_ceilings(self.flush)
-        self.meta["ceilings"] = {"copy_bytes_per_s": self.ceilings.copy, "gemm_flop_per_s": self.ceilings.gemm}
-        print(f"copy {self.ceilings.copy / 1e12:.2f} TB/s, gemm {self.ceilings.gemm / 1e12:.0f} TFLOP/s", flush=True)
+        self.print_ceilings()
         torch._dynamo.config.recompile_limit = 64  # above it a rival would silently run uncompiled
         self.flex: Callable[..., Any] = flex_attention if args.rehearse else torch.compile(flex_attention, dynamic=False)
 
-    def add(self, name: str, impl: str, form: str, shape: Shape, **values: Any) -> None:
-        """Append a row, print it and write the file."""
-        floor = floor_ms(name, form, shape, self.ceilings)
+    def row(self, name: str, impl: str, form: str, shape: Shape) -> dict[str, Any]:
+        """What a row says before it is measured."""
         rules = [{"alpha": a, "beta": b / BETA_ONE} for a, b in FORMS[form]]
-        self.rows.append({"name": name, "impl": impl, "form": form, **asdict(shape), "num_sinks": NUM_SINKS, "rules": rules, "floor_ms": floor, **values})
-        ms = values.get("ms")
-        took = "-" if ms is None else f"{ms:9.4f} ms {ms / floor:6.2f} x floor"
-        print(f"{name:22s} {impl:8s} {form:8s} B={shape.B} T={shape.T:<6d} H={shape.H} G={shape.G:<2d} {took} {values.get('note', '')}", flush=True)
-        self.write()
+        floor = floor_ms(name, form, shape, self.ceilings)
+        return {"name": name, "impl": impl, "form": form, **asdict(shape), "num_sinks": NUM_SINKS, "rules": rules, "floor_ms": floor}
 
-    def write(self) -> None:
-        """All rows, each of ours with its rivals' times beside it."""
-        key = ("name", "form", "B", "T", "H", "G", "D")
+    def line(self, row: dict[str, Any]) -> str:
+        shape = f"B={row['B']} T={row['T']:<6d} H={row['H']} G={row['G']:<2d}"
+        return f"{row['name']:22s} {row['impl']:8s} {row['form']:8s} {shape} {took(row)} {row.get('note', '')}"
+
+    def compare(self) -> None:
+        """Rivals' times beside ours."""
         for row in self.rows:
             if row["impl"] == "triton":
-                same = [other for other in self.rows if other is not row and all(other[x] == row[x] for x in key)]
-                row["rivals"] = {other["impl"]: other["ms"] for other in same if other["ms"] is not None}
-        if self.args.out == os.devnull:
-            return
-        path = Path(self.args.out)
-        path.with_suffix(".tmp").write_text(json.dumps({"meta": self.meta, "rows": self.rows}, indent=1) + "\n")
-        os.replace(path.with_suffix(".tmp"), path)
-
-    def guarded(self, name: str, impl: str, form: str, shape: Shape, work: Callable[[], dict[str, Any]]) -> None:
-        """Run one measurement; whatever it raises becomes the row's note."""
-        if time.monotonic() - self.began > self.args.budget:
-            self.add(name, impl, form, shape, ms=None, note="not measured: the time budget was spent")
-            return
-        try:
-            values = work()
-        except Exception as error:  # a rival may refuse in any way, and its refusal is a result
-            values = {"ms": None, "note": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"}
-        self.add(name, impl, form, shape, **values)
-        gc.collect()
-        if self.flush is not None:
-            torch.cuda.empty_cache()
-
-    def timed(self, name: str, forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> dict[str, Any]:
-        if name == ROWS["backward"]:
-            return asdict(measure(forward_backward(forward, leaves), self.flush, self.args.seconds))
-        with torch.no_grad():
-            return asdict(measure(forward, self.flush, self.args.seconds))
+                row["rivals"] = {other["impl"]: other["ms"] for other in self.rivals_of(row, ("name", "form", "B", "T", "H", "G", "D"))}
 
     def ours(self, name: str, form: str, shape: Shape) -> dict[str, Any]:
         inputs, options = make_inputs(form, shape, self.device)
@@ -210,12 +140,12 @@ class Bench:
         note = wrong(errors)
         if note is not None:
             return {"ms": None, "note": note, "errors": errors}
-        return {**self.timed(name, lambda: span_attention(**inputs, **options, impl=self.impl), list(inputs.values())), "errors": errors}
+        run = functools.partial(span_attention, **inputs, **options, impl=self.impl)
+        return {**self.timed(run, list(inputs.values()), name == ROWS["backward"]), "errors": errors}
 
     def cudnn(self, name: str, form: str, shape: Shape) -> dict[str, Any]:
         inputs, _ = make_inputs(form, shape, self.device)
-        forward, leaves, note = sdpa_rival(SDPBackend.MATH if self.args.rehearse else SDPBackend.CUDNN_ATTENTION, shape, inputs)  # type: ignore[arg-type]
-        return {**self.timed(name, forward, leaves), "note": f"dense causal; {note}" if note else "dense causal"}
+        return self.dense("cudnn", shape, inputs, name == ROWS["backward"])
 
     def flex_attention(self, name: str, form: str, shape: Shape) -> dict[str, Any]:
         inputs, options = make_inputs(form, shape, self.device)
@@ -227,43 +157,31 @@ class Bench:
         note = wrong(errors)
         if note is not None:
             return {"ms": None, "note": note, "errors": errors}
-        return {**self.timed(name, lambda: run(q, k, v), [q, k, v]), "errors": errors}
+        return {**self.timed(lambda: run(q, k, v), [q, k, v], name == ROWS["backward"]), "errors": errors}
 
     def run(self) -> None:
         """Ours first, then dense attention, which needs no compilation, then FlexAttention, the plainest cases first."""
         names = [ROWS[part] for part in self.args.only]
         cells = [(name, form, shape) for form in self.args.forms for shape in self.shapes for name in names]
         for name, form, shape in cells:
-            self.guarded(name, "triton", form, shape, functools.partial(self.ours, name, form, shape))
+            self.guarded(self.row(name, "triton", form, shape), functools.partial(self.ours, name, form, shape))
         if "cudnn" in self.args.rivals:
             for name, form, shape in cells:
                 if form == self.args.forms[0] and not (name == ROWS["backward"] and shape.T > MAX_DENSE_TRAINING):  # it knows of no spans
-                    self.guarded(name, "cudnn", form, shape, functools.partial(self.cudnn, name, form, shape))
+                    self.guarded(self.row(name, "cudnn", form, shape), functools.partial(self.cudnn, name, form, shape))
         if "flex" in self.args.rivals:
             for name, form, shape in sorted(cells, key=lambda cell: (cell[1] != self.args.forms[0], -cell[2].G, cell[2].T)):
-                self.guarded(name, "flex", form, shape, functools.partial(self.flex_attention, name, form, shape))
+                self.guarded(self.row(name, "flex", form, shape), functools.partial(self.flex_attention, name, form, shape))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def names(text: str) -> list[str]:
-        return [x for x in text.split(",") if x]
-
-    parser.add_argument("--out", required=True)
+    parser = arguments(__doc__, ("cudnn", "flex"), budget=540.0)
     parser.add_argument("--only", type=names, default=list(ROWS))
     parser.add_argument("--forms", type=names, default=list(FORMS))
-    parser.add_argument("--rivals", type=names, default=["cudnn", "flex"], help="empty = none")
     parser.add_argument("--seconds", type=float, default=0.06, help="repeats of one measurement")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds after which what is left gets a row without a figure")
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
-    args = parser.parse_args()
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    bench = Bench(args)
+    bench = Bench(parser.parse_args())
     bench.run()
-    bench.write()
-    print(f"{time.monotonic() - began:.0f} s")
+    bench.finish()
 
 
 if __name__ == "__main__":

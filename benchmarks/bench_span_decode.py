@@ -19,52 +19,26 @@ Shapes: B batch, H query heads, G key-value heads, D head_dim.
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import os
-import shlex
-import sys
-import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_linear import FLUSH_BYTES, Ceilings, fa3_function, measure_ceilings, measure_steps, meta, relative_error, wrong
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from bench_linear import measure_steps, relative_error, wrong
+from kernel_rows import REPLAYS, STEP_RIVALS, StepRows, arguments, took
 
 from attnconvert.kernels.span.decode import SpanLayout, SpanState, span_attention_step, span_layout
 from attnconvert.kernels.span.slots import visible_keys
 
 NUM_SINKS = 64
 WINDOWS = (512, 1024, 2048, 4096)
-L2_BYTES = 2**27  # more than twice an H100's
-MAX_COPIES = 64  # steps in one graph
-REPLAYS = 20
-RIVALS = ("flash", "cudnn", "fa3")
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
-class Bench:
-    """Rows so far; written after each one."""
+class Bench(StepRows):
+    """A row for each shape."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.device = torch.device("cpu" if args.rehearse else "cuda")
-        self.dtype = torch.float32 if args.rehearse else torch.bfloat16
+        super().__init__(args, "bench_span_decode")
         self.windows = (5, 70) if args.rehearse else WINDOWS
-        self.began = time.monotonic()
-        self.rows: list[dict[str, Any]] = []
-        flush = None if args.rehearse else torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-        self.ceilings: Ceilings = measure_ceilings(flush)
-        shown = [a for i, a in enumerate(sys.argv[1:], 1) if a != "--out" and sys.argv[i - 1] != "--out"]
-        self.meta = {**meta(), "command": " ".join(["python benchmarks/bench_span_decode.py --out FILE", shlex.join(shown)]).strip()}
-        self.meta["ceilings"] = {"copy_bytes_per_s": self.ceilings.copy}
-
-    def normal(self, *size: int) -> Tensor:
-        return torch.randn(*size, device=self.device, dtype=self.dtype)
 
     def layout(self, G: int) -> SpanLayout:
         """The windows in turn; room for the steps of all replays, which fixed windows do not grow for."""
@@ -75,9 +49,6 @@ class Bench:
         """`keys`: of all KV heads of a row."""
         return B * (2 * keys + 2 * H) * D * self.dtype.itemsize / self.ceilings.copy * 1e3
 
-    def copies(self, num_bytes: int) -> int:
-        return 2 if self.args.rehearse else max(1, min(MAX_COPIES, -(-L2_BYTES // num_bytes)))
-
     def ours(self, B: int, H: int, G: int, D: int) -> dict[str, Any]:
         layout = self.layout(G)
 
@@ -86,7 +57,7 @@ class Bench:
             return SpanState(self.normal(B, layout.num_slots, D), self.normal(B, layout.num_slots, D), length)
 
         q, k, v = self.normal(B, 1, H, D), self.normal(B, 1, G, D), self.normal(B, 1, G, D)
-        step = partial(span_attention_step, q, k, v, layout=layout, scale=D**-0.5, impl="reference" if self.args.rehearse else "triton")
+        step = partial(span_attention_step, q, k, v, layout=layout, scale=D**-0.5, impl=self.impl)
         one = state()
         exact = SpanState(one.k[:1].float(), one.v[:1].float(), one.length[:1].clone())
         wanted = span_attention_step(*(x[:1].float() for x in (q, k, v)), state=exact, layout=layout, scale=D**-0.5, impl="reference")
@@ -104,90 +75,43 @@ class Bench:
         }
 
     def rival(self, name: str, B: int, H: int, G: int, D: int) -> dict[str, Any]:
-        context = self.args.context
-        size = (B, context, G, D) if name == "fa3" else (B, G, context, D)
-        num_bytes = 2 * B * G * context * D * self.dtype.itemsize
-        caches = [(self.normal(*size), self.normal(*size)) for _ in range(self.copies(num_bytes))]
-        if name == "fa3":
-            function = fa3_function("flash_attn_with_kvcache")
-            if function is None:
-                raise RuntimeError("FlashAttention-3 is not installed")
-            q = self.normal(B, 1, H, D)
-            lengths = torch.full((B,), context, dtype=torch.int32, device=self.device)
-            steps: list[Callable[[], Any]] = [partial(function, q, k, v, cache_seqlens=lengths, causal=True) for k, v in caches]
-        else:
-            q = self.normal(B, G, H // G, D)
+        return {**self.dense_step(name, B, self.args.context, H, G, D), "note": f"softmax over {self.args.context} tokens"}
 
-            def attend(k: Tensor, v: Tensor) -> Tensor:
-                with sdpa_kernel(SDPBackend.MATH if self.args.rehearse else BACKENDS[name]):
-                    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
-
-            steps = [partial(attend, k, v) for k, v in caches]
-        return {"ms": measure_steps(steps, REPLAYS), "copies": len(caches), "cache_bytes": num_bytes, "note": f"softmax over {context} tokens"}
-
-    def guarded(self, impl: str, B: int, H: int, G: int, D: int, work: Callable[[], dict[str, Any]]) -> None:
-        """Run one measurement and write its row; whatever it raises becomes the row's note."""
+    def row(self, impl: str, B: int, H: int, G: int, D: int) -> dict[str, Any]:
+        """What a row says before it is measured."""
         layout, context = self.layout(G), self.args.context
         seen = sum(visible_keys(context - 1, alpha, 0, NUM_SINKS) for alpha in layout.alphas) if impl == "triton" else context * G
         row: dict[str, Any] = {"name": "span.decode", "impl": impl, "B": B, "T": 1, "H": H, "G": G, "D": D, "context": context}
         row |= {"windows": list(layout.alphas), "num_sinks": NUM_SINKS} if impl == "triton" else {}
-        row["floor_ms"] = self.floor_ms(B, H, seen, D)
-        if time.monotonic() - self.began > self.args.budget:
-            values: dict[str, Any] = {"ms": None, "note": "not measured: the time budget was spent"}
-        else:
-            try:
-                with torch.no_grad():
-                    values = work()
-            except Exception as error:  # a rival may refuse in any way, and its refusal is a result
-                values = {"ms": None, "note": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"}
-        self.rows.append({**row, **values})
-        self.write()
-        took = "-" if values["ms"] is None else f"{values['ms']:9.4f} ms {values['ms'] / row['floor_ms']:6.2f} x floor"
-        print(f"{impl:8s} B={B} H={H} G={G} D={D} {took} {values.get('note', '')}", flush=True)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        return row | {"floor_ms": self.floor_ms(B, H, seen, D)}
 
-    def write(self) -> None:
-        for row in self.rows:
-            rivals = [r for r in self.rows if r["impl"] != "triton" and r["ms"] is not None and all(r[x] == row[x] for x in "BHGD")]
-            if row["impl"] == "triton" and row["ms"] is not None and rivals:
-                best = min(rivals, key=lambda r: r["ms"])
-                row |= {"best_rival": best["impl"], "best_rival_ms": best["ms"], "speedup": best["ms"] / row["ms"]}
-        if self.args.out != os.devnull:
-            path = Path(self.args.out)
-            path.with_suffix(".tmp").write_text(json.dumps({"meta": self.meta, "rows": self.rows}, indent=1) + "\n")
-            os.replace(path.with_suffix(".tmp"), path)
+    def line(self, row: dict[str, Any]) -> str:
+        return f"{row['impl']:8s} B={row['B']} H={row['H']} G={row['G']} D={row['D']} {took(row)} {row.get('note', '')}"
 
+    @torch.no_grad()
     def run(self) -> None:
         H, D = (4, 16) if self.args.rehearse else (32, 128)
         shapes = [(B, H, G, D) for B in self.args.batch for G in (H // 4, H)]
         for shape in shapes:
-            self.guarded("triton", *shape, partial(self.ours, *shape))
+            self.guarded(self.row("triton", *shape), partial(self.ours, *shape))
         for shape in shapes:
             for name in self.args.rivals:
-                self.guarded(name, *shape, partial(self.rival, name, *shape))
+                self.guarded(self.row(name, *shape), partial(self.rival, name, *shape))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
+    parser = arguments(__doc__, STEP_RIVALS, budget=240.0)
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--batch", type=lambda text: [int(x) for x in text.split(",")], default=[1, 8, 64])
-    parser.add_argument("--rivals", type=lambda text: [x for x in text.split(",") if x], default=list(RIVALS), help=f"of {', '.join(RIVALS)}; empty = none")
-    parser.add_argument("--budget", type=float, default=240.0, help="seconds after which what is left gets a row without a figure")
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     args = parser.parse_args()
     if args.rehearse:
         args.context, args.batch = 300, [1, 2]
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     bench.run()
-    bench.write()
     for row in bench.rows:
         if "speedup" in row:
             print(f"B={row['B']} G={row['G']}: {row['speedup']:.2f} x {row['best_rival']}")
-    print(f"{time.monotonic() - bench.began:.0f} s")
+    bench.finish()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from attnconvert.errors import AttnConvertError
 from attnconvert.kernels.blocks.api import block_sparse_attention, refusal
 from attnconvert.kernels.blocks.decode import block_sparse_step, fill
 from attnconvert.kernels.blocks.rule import BlockRule, block_rule, capacity_for
+from attnconvert.surgery.runtime.graph import capture_stream
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -334,7 +335,7 @@ def _step_seconds(step: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
         step()
         return statistics.median(_seconds(step, device) for _ in range(5))
-    stream = torch.cuda.Stream(device)
+    stream = capture_stream(torch.cuda.current_device() if device.index is None else device.index)
     stream.wait_stream(torch.cuda.current_stream(device))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):

@@ -349,7 +349,9 @@ def _blocks(D: int, narrow: bool, arch: int = 90) -> dict[str, Any]:
         blocks = {
             "forward": (128, 64 if DP > 64 else 128, {"num_warps": 8, "num_stages": 2 if DP > 128 else 3}),
             "query": (128 if DP <= 128 else 64, 64, {"num_warps": 8, "num_stages": 2}),
-            "key": (64, 64, {"num_warps": 4, "num_stages": 2}) if DP == 128 else (64 if DP <= 64 else 32, 128 if DP <= 64 else 64, {"num_warps": 8, "num_stages": 2}),
+            "key": (64, 64, {"num_warps": 4, "num_stages": 2})
+            if DP == 128
+            else (64 if DP <= 64 else 32, 128 if DP <= 64 else 64, {"num_warps": 8, "num_stages": 2}),
             "sink": (64 if DP <= 128 else 16, 64, {"num_warps": 4 if DP <= 64 else 8, "num_stages": 2}),
         }
     else:
