@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 EXIT_ERROR, EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 1, 2, 3, 130
-RESUMABLE = ("linearize", "sparsify", "convert", "regroup")
+RESUMABLE = ("linearize", "sparsify", "mix-heads", "convert", "regroup")
 DEBUG = "ATTNCONVERT_DEBUG"
 
 _SUITES = ("quick", "standard", "long")  # as reevaluate.SUITES, which imports torch
@@ -218,6 +218,43 @@ def sparsify(
     """
     _convert(
         ctx.find_root().obj, model, recipe, set_, revision=revision, trust_remote_code=trust_remote_code, family="sparsify", out=out, overwrite=overwrite, adapters_only=adapters_only, resume=resume,
+        skip_evaluation=skip_evaluation, seed=seed, device=device, dtype=dtype, as_json=as_json, quiet=quiet, verbose=verbose,
+    )  # fmt: skip
+
+
+@app.command(
+    rich_help_panel=_CONVERT,
+    epilog=_examples(
+        "attnconvert mix-heads demo --recipe moh",
+        "attnconvert mix-heads HuggingFaceTB/SmolLM2-135M-Instruct --set layers.0.config.unit=query_head --out smol-moh",
+        "attnconvert mix-heads ./my-model --recipe moh --set layers.0.config.active=0.5 --set data.source=my-text/",
+    ),
+)
+def mix_heads(
+    ctx: typer.Context,
+    model: Model,
+    recipe: RecipeOption = "moh",
+    set_: SetOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    out: OutOption = None,
+    overwrite: OverwriteOption = False,
+    adapters_only: AdaptersOption = False,
+    resume: ResumeOption = False,
+    skip_evaluation: SkipOption = False,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Let each token use some of the heads, chosen by a router: plan, train, save, measure.
+
+    Like `convert`, with a recipe whose methods all belong to the mix-heads family.
+    """
+    _convert(
+        ctx.find_root().obj, model, recipe, set_, revision=revision, trust_remote_code=trust_remote_code, family="mix-heads", out=out, overwrite=overwrite, adapters_only=adapters_only, resume=resume,
         skip_evaluation=skip_evaluation, seed=seed, device=device, dtype=dtype, as_json=as_json, quiet=quiet, verbose=verbose,
     )  # fmt: skip
 

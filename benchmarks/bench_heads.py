@@ -24,37 +24,18 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
-import json
-import os
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from bench_linear import FLUSH_BYTES, Ceilings, fa3_rival, forward_backward, measure, measure_ceilings, meta, relative_error, sdpa_rival, wrong
+from bench_linear import Ceilings, wrong
+from kernel_rows import PassRows, Shape, arguments, errors_of_heads, names, random_qkv, took
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from attnconvert.kernels.heads.api import routed_attention
 
 ROWS = {"prefill": "moh.prefill", "backward": "moh.forward_backward"}
 GOAL = 1.22  # speedup of prefill
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One size of the operator."""
-
-    B: int
-    T: int
-    H: int
-    G: int
-    D: int = 128
-
 
 SHAPES = tuple(Shape(1, T, 32, G) for T in (8192, 32768) for G in (8, 32))
 SHARES = (1.0, 0.75)
@@ -80,9 +61,7 @@ def draw_active(shape: Shape, share: float, device: torch.device) -> Tensor:
 def make_inputs(name: str, shape: Shape, device: torch.device) -> dict[str, Tensor]:
     """Random q, k, v, and gate where the row is of training."""
     generator = torch.Generator(device).manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sizes = {"q": shape.H, "k": shape.G, "v": shape.G}
-    inputs = {name: torch.randn(shape.B, shape.T, heads, shape.D, device=device, dtype=dtype, generator=generator) for name, heads in sizes.items()}
+    inputs = random_qkv(shape, device, generator)
     if name == ROWS["backward"]:
         inputs["gate"] = 0.5 + torch.rand(shape.B, shape.T, shape.G, device=device, generator=generator)
     return inputs
@@ -90,92 +69,41 @@ def make_inputs(name: str, shape: Shape, device: torch.device) -> dict[str, Tens
 
 def check(shape: Shape, inputs: dict[str, Tensor], active: Tensor, impl: Any) -> dict[str, float]:
     """Relative errors of the first and the last unit against the PyTorch operator in fp32, of gradients too where there are gates."""
-    units, R, gradients = [0, shape.G - 1], shape.H // shape.G, "gate" in inputs
+    units, R = [0, shape.G - 1], shape.H // shape.G
     pick = {"q": [unit * R + r for unit in units for r in range(R)], "k": units, "v": units, "gate": units}
-    small = {name: x[:, :, pick[name]].detach().float().requires_grad_(gradients) for name, x in inputs.items()}
-    for x in inputs.values():
-        x.requires_grad_(gradients)
-    with nullcontext() if gradients else torch.no_grad():
-        out = routed_attention(**inputs, active=active, scale=shape.D**-0.5, impl=impl)
-        wanted = routed_attention(**small, active=active[:, :, units], scale=shape.D**-0.5, impl="reference")
-    errors = {"output": relative_error(out[:, :, pick["q"]], wanted)}
-    if gradients:
-        upstream = torch.randn_like(out)
-        ours = torch.autograd.grad(out, list(inputs.values()), upstream)
-        theirs = torch.autograd.grad(wanted, list(small.values()), upstream[:, :, pick["q"]].float())
-        errors |= {f"d{name}": relative_error(a[:, :, pick[name]], b) for name, a, b in zip(inputs, ours, theirs, strict=True)}
-    for x in inputs.values():
-        x.requires_grad_(False)
-    return errors
+    ours = functools.partial(routed_attention, active=active, scale=shape.D**-0.5, impl=impl)
+    exact = functools.partial(routed_attention, active=active[:, :, units], scale=shape.D**-0.5, impl="reference")
+    return errors_of_heads(inputs, pick, "gate" in inputs, ours, exact)
 
 
-class Bench:
-    """Rows so far; written after each one."""
+class Bench(PassRows):
+    """A row for each operator, shape and share of active units."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.device = args, torch.device("cpu" if args.rehearse else "cuda")
-        self.flush = None if args.rehearse else torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-        self.impl: Any = "reference" if args.rehearse else "triton"
+        super().__init__(args, "bench_heads")
         self.shapes = (Shape(1, 200, 8, 4, 16), Shape(2, 300, 4, 4, 16)) if args.rehearse else SHAPES
-        self.began = time.monotonic()
-        self.rows: list[dict[str, Any]] = []
-        self.meta = meta()
-        self.meta["command"] = self.meta["command"].replace("bench_linear", "bench_heads")
-        self.ceilings = measure_ceilings(self.flush)
-        self.meta["ceilings"] = {"copy_bytes_per_s": self.ceilings.copy, "gemm_flop_per_s": self.ceilings.gemm}
-        print(f"copy {self.ceilings.copy / 1e12:.2f} TB/s, gemm {self.ceilings.gemm / 1e12:.0f} TFLOP/s", flush=True)
+        self.print_ceilings()
 
-    def add(self, name: str, impl: str, shape: Shape, share: float, **values: Any) -> None:
-        """Append a row, print it and write the file."""
-        floor = floor_ms(name, shape, share, self.ceilings)
-        self.rows.append({"name": name, "impl": impl, **asdict(shape), "active": share, "floor_ms": floor, **values})
-        self.write()
-        ms, speedup = values.get("ms"), self.rows[-1].get("speedup")
-        took = "-" if ms is None else f"{ms:9.4f} ms {ms / floor:6.2f} x floor"
-        gain = f"{speedup:.3f} x faster than all active" if speedup else ""
-        print(
-            f"{name:22s} {impl:7s} B={shape.B} T={shape.T:<6d} H={shape.H} G={shape.G:<2d} active {share:.2f} {took} {gain} {values.get('note', '')}",
-            flush=True,
-        )
+    def row(self, name: str, impl: str, shape: Shape, share: float) -> dict[str, Any]:
+        """What a row says before it is measured."""
+        return {"name": name, "impl": impl, **asdict(shape), "active": share, "floor_ms": floor_ms(name, shape, share, self.ceilings)}
 
-    def write(self) -> None:
-        """All rows; each of ours has the rivals' times beside it and, with units left out, what that gains."""
+    def line(self, row: dict[str, Any]) -> str:
+        shape = f"B={row['B']} T={row['T']:<6d} H={row['H']} G={row['G']:<2d}"
+        gain = f"{row['speedup']:.3f} x faster than all active" if "speedup" in row else ""
+        return f"{row['name']:22s} {row['impl']:7s} {shape} active {row['active']:.2f} {took(row)} {gain} {row.get('note', '')}"
+
+    def compare(self) -> None:
+        """Rivals' times beside ours and, with units left out, what that gains."""
         key = ("name", "B", "T", "H", "G", "D")
-        for row in self.rows:
-            if row["impl"] != "triton" or row.get("ms") is None:
-                continue
-            same = [other for other in self.rows if other["ms"] is not None and all(other[x] == row[x] for x in key)]
-            row["rivals"] = {other["impl"]: other["ms"] for other in same if other["impl"] != "triton"}
-            whole = [other["ms"] for other in same if other["impl"] == "triton" and other["active"] == 1]
+        ours = [row for row in self.rows if row["impl"] == "triton" and row["ms"] is not None]
+        for row in ours:
+            row["rivals"] = {other["impl"]: other["ms"] for other in self.rivals_of(row, key)}
+            whole = [other["ms"] for other in ours if other["active"] == 1 and all(other[x] == row[x] for x in key)]
             if row["active"] < 1 and whole:
                 row["speedup"] = whole[0] / row["ms"]
                 if row["name"] == ROWS["prefill"]:
                     row["goal_speedup"] = GOAL
-        if self.args.out == os.devnull:
-            return
-        path = Path(self.args.out)
-        path.with_suffix(".tmp").write_text(json.dumps({"meta": self.meta, "rows": self.rows}, indent=1) + "\n")
-        os.replace(path.with_suffix(".tmp"), path)
-
-    def guarded(self, name: str, impl: str, shape: Shape, share: float, work: Callable[[], dict[str, Any]]) -> None:
-        """Run one measurement; whatever it raises becomes the row's note."""
-        if time.monotonic() - self.began > self.args.budget:
-            self.add(name, impl, shape, share, ms=None, note="not measured: the time budget was spent")
-            return
-        try:
-            values = work()
-        except Exception as error:  # a rival may refuse in any way, and its refusal is a result
-            values = {"ms": None, "note": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"}
-        self.add(name, impl, shape, share, **values)
-        gc.collect()
-        if self.flush is not None:
-            torch.cuda.empty_cache()
-
-    def timed(self, name: str, forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> dict[str, Any]:
-        if name == ROWS["backward"]:
-            return asdict(measure(forward_backward(forward, leaves), self.flush, self.args.seconds))
-        with torch.no_grad():
-            return asdict(measure(forward, self.flush, self.args.seconds))
 
     def ours(self, name: str, shape: Shape, share: float) -> dict[str, Any]:
         inputs, active = make_inputs(name, shape, self.device), draw_active(shape, share, self.device)
@@ -184,46 +112,30 @@ class Bench:
         if note is not None:
             return {"ms": None, "note": note, "errors": errors}
         run = functools.partial(routed_attention, **inputs, active=active, scale=shape.D**-0.5, impl=self.impl)
-        return {**self.timed(name, run, list(inputs.values())), "errors": errors}
+        return {**self.timed(run, list(inputs.values()), name == ROWS["backward"]), "errors": errors}
 
-    def dense(self, name: str, rival: str, shape: Shape) -> dict[str, Any]:
-        inputs = {x: t for x, t in make_inputs(name, shape, self.device).items() if x != "gate"}
-        if rival == "fa3":
-            forward, leaves, note = fa3_rival(shape, inputs)  # type: ignore[arg-type]
-        else:
-            forward, leaves, note = sdpa_rival(SDPBackend.MATH if self.args.rehearse else SDPBackend.CUDNN_ATTENTION, shape, inputs)  # type: ignore[arg-type]
-        return {**self.timed(name, forward, leaves), "note": f"dense causal; {note}" if note else "dense causal"}
+    def rival(self, name: str, rival: str, shape: Shape) -> dict[str, Any]:
+        inputs = random_qkv(shape, self.device, torch.Generator(self.device).manual_seed(0))
+        return self.dense(rival, shape, inputs, name == ROWS["backward"])
 
     def run(self) -> None:
         """Ours with all units beside ours with some, then the rivals."""
         cells = [(ROWS[part], shape) for part in self.args.only for shape in self.shapes]
         for name, shape in cells:
             for share in SHARES:
-                self.guarded(name, "triton", shape, share, functools.partial(self.ours, name, shape, share))
+                self.guarded(self.row(name, "triton", shape, share), functools.partial(self.ours, name, shape, share))
         for name, shape in cells:
             for rival in self.args.rivals:
-                self.guarded(name, rival, shape, 1.0, functools.partial(self.dense, name, rival, shape))
+                self.guarded(self.row(name, rival, shape, 1.0), functools.partial(self.rival, name, rival, shape))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def names(text: str) -> list[str]:
-        return [x for x in text.split(",") if x]
-
-    parser.add_argument("--out", required=True)
+    parser = arguments(__doc__, ("cudnn", "fa3"), budget=540.0)
     parser.add_argument("--only", type=names, default=list(ROWS))
-    parser.add_argument("--rivals", type=names, default=["cudnn", "fa3"], help="empty = none")
     parser.add_argument("--seconds", type=float, default=0.2, help="repeats of one measurement")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds after which what is left gets a row without a figure")
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
-    args = parser.parse_args()
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    bench = Bench(args)
+    bench = Bench(parser.parse_args())
     bench.run()
-    bench.write()
-    print(f"{time.monotonic() - began:.0f} s")
+    bench.finish()
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ COMMANDS = (
     "convert",
     "regroup",
     "sparsify",
+    "mix-heads",
     "plan",
     "merge",
     "evaluate-converted",

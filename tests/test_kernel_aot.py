@@ -111,7 +111,7 @@ def test_selecting_nothing_fails(report):
 
 
 # Of every kind of kernel one that the default recipe runs.
-REPRESENTATIVE = r"^(prefix|delta|sink_grad)_kernel-.*r4$|_kernel-d64-f64-r3$|^decode-d32-|^span-.*_kernel-d64-r3$"
+REPRESENTATIVE = r"^(prefix|delta|sink_grad)_kernel-.*r4$|_kernel-d64-f64-r3$|^decode-d32-|^span-.*_kernel-d64-r3$|^blocks-.*-d64-r3-|^blocks-(scores|choose512)-d64-|^block_decode_attend-d64-h9-|^heads-.*-d64-r3-"
 
 
 def test_representative_kernels_compile_for_both_architectures_within_limits():
@@ -121,6 +121,9 @@ def test_representative_kernels_compile_for_both_architectures_within_limits():
         assert len([line for line in done.stdout.splitlines() if line.startswith(f"{kernel}_kernel-")]) == 2, kernel
     assert len(lines_with(done.stdout, "decode-", " sm_")) == 2
     assert len(lines_with(done.stdout, "span-", " sm_")) == 8
+    assert len(lines_with(done.stdout, "blocks-", " sm_")) == 12
+    assert len(lines_with(done.stdout, "block_decode_attend-", " sm_")) == 2
+    assert len(lines_with(done.stdout, "heads-", " sm_")) == 8
 
 
 @pytest.mark.slow  # minutes: every configuration that ships, on two architectures

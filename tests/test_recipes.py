@@ -18,10 +18,10 @@ from attnconvert.recipes.schema import LayerRule, assign_rules, resolve_layers
 from attnconvert.surgery import registry
 
 METHODS = {"gqa": "gqa", "mqa": "gqa", "sqa": "gqa", "kdgqa": "kdgqa", "moa": "moa", "streaming-llm": "moa", "duo-attention": "moa", "infllm-v2": "infllm_v2",
-           "moba": "infllm_v2"}  # fmt: skip
-SHIPPED = ["duo-attention", "gqa", "hedgehog", "hedgehog-mixed", "hedgehog-pure", "infllm-v2", "kdgqa", "lolcats", "moa", "moba", "mqa", "sqa", "streaming-llm",
+           "moba": "infllm_v2", "moh": "moh"}  # fmt: skip
+SHIPPED = ["duo-attention", "gqa", "hedgehog", "hedgehog-mixed", "hedgehog-pure", "infllm-v2", "kdgqa", "lolcats", "moa", "moba", "moh", "mqa", "sqa", "streaming-llm",
            "window-sinks"]  # fmt: skip
-TOKENS = {"moa": 3_000_000, "infllm_v2": 16_000_000}  # neither has a transfer stage, and the latter's rows are up to 32k long
+TOKENS = {"moa": 3_000_000, "infllm_v2": 16_000_000, "moh": 4_000_000}  # without a transfer stage; the second's rows are up to 32k long
 
 GOOD = """\
 name: mine

@@ -144,6 +144,59 @@ def test_growing_copies_only_when_a_ring_grows():
     assert resized(state, layout, T + 100)[0] is not state
 
 
+# ---------------------------------------------------------------- queries that use some of the heads
+
+
+def choice(units, tokens=T, seed=4, rows=B):
+    """Which units each token uses, and their factors; a token with none and one with all among them."""
+    g = torch.Generator().manual_seed(seed)
+    active = torch.rand(rows, tokens, units, generator=g) < 0.6
+    active[:, -1], active[:, -2] = False, True
+    return active, torch.rand(rows, tokens, units, generator=g, dtype=torch.float64)
+
+
+def left_out(out, active, gate):
+    """The definition: outputs of the heads of units that a token uses, times the units' factors."""
+    units = out.unflatten(2, (active.shape[2], -1))
+    return torch.where(active[..., None, None], units * gate[..., None, None], torch.zeros_like(units)).flatten(2, 3)
+
+
+@pytest.mark.parametrize("units", [G, G * R])
+@pytest.mark.parametrize("padded", [False, True])
+def test_units_that_a_token_does_not_use_are_zero_and_the_state_is_that_of_all(units, padded):
+    x, start = draw(), starts() if padded else None
+    active, gate = choice(units)
+    want = left_out(whole(x, 3, start), active, gate)
+    state, layout = prefill(x, 60, 3, T, start)
+    more = {"scale": SCALE, "layout": layout}
+    here = None if start is None else (start[:, 60:140] - 60).clamp(0, 80)
+    some, state = span_attention_extend(**part(x, 60, 80), state=state, **more, start=here, active=active[:, 60:140], gate=gate[:, 60:140])
+    got = [some]
+    for n in range(140, T):
+        got.append(span_attention_step(**part(x, n), state=state, **more, active=active[:, n : n + 1], gate=gate[:, n : n + 1], impl="reference"))
+    torch.testing.assert_close(torch.cat(got, 1), want[:, 60:], rtol=1e-10, atol=1e-12)
+    assert got[-1].abs().max() == 0
+    same_state(state, fill(x["k"], x["v"], layout, start))
+
+
+def test_units_without_factors_are_left_as_they_are():
+    x, (active, _) = draw(), choice(G)
+    state, layout = prefill(x, 100, 3, T)
+    got = span_attention_step(**part(x, 100), state=state, layout=layout, scale=SCALE, active=active[:, 100:101], impl="reference")
+    torch.testing.assert_close(got, left_out(whole(x, 3, None), active, torch.ones_like(active, dtype=torch.float64))[:, 100:101], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("active", "gate"), [((B, 1, 4), None), ((B, 2, G), None), (None, (B, 1, G)), ((B, 1, G), (B, 1, G * R))])
+def test_units_of_another_shape_are_refused(active, gate):
+    x = draw(4)
+    state, layout = prefill(x, 3, 2, 8)
+    units = {"active": None if active is None else torch.ones(active, dtype=torch.bool), "gate": None if gate is None else torch.ones(gate)}
+    for run in (span_attention_step, span_attention_extend):
+        with pytest.raises(ValueError, match="have a column for each KV head or each query head"):
+            run(**part(x, 3), state=state, layout=layout, scale=SCALE, **units)
+    assert state.length.tolist() == [3, 3]
+
+
 def test_further_tokens_have_the_gradients_of_one_call():
     x = {n: t.requires_grad_() for n, t in draw(tokens=90).items()}
     want = torch.autograd.grad(whole(x, 2, None)[:, 70:].square().sum(), list(x.values()))
@@ -219,11 +272,12 @@ KERNEL_CASES = {
 }
 
 
-def kernel_against_pytorch(name):
-    """Largest difference of outputs, and whether the two states are equal. Runs where Triton interprets."""
+def kernel_against_pytorch(name, units=None, gated=False):
+    """Largest difference of outputs, and whether the two states are equal. Runs where Triton interprets. units: which are routed, `KV heads` or `query heads`."""
     from attnconvert.kernels.span import decode, triton_decode
 
     rows, heads, dim, rules, sinks, capacity, first, stop, split, dtype = KERNEL_CASES[name]
+    active, gate = choice(heads if units == "query heads" else len(rules), stop, rows=rows)
     g = torch.Generator().manual_seed(0)
     x = {n: torch.randn(rows, stop, h, dim, generator=g).to(dtype) for n, h in (("q", heads), ("k", len(rules)), ("v", len(rules)))}
     start = torch.zeros(rows, stop, dtype=torch.int64)
@@ -238,7 +292,14 @@ def kernel_against_pytorch(name):
             empty = decode._positions(layout, states["triton"].length) < 0
             for slots in states["triton"][:2]:  # what an empty slot holds must not matter
                 slots[empty] = torch.nan
-            a, b = (span_attention_step(**part(x, n), state=states[impl], layout=layout, scale=SCALE, start=here, impl=impl) for impl in states)
+            options = {
+                "layout": layout,
+                "scale": SCALE,
+                "start": here,
+                "active": active[:, n : n + 1] if units else None,
+                "gate": gate[:, n : n + 1].float() if gated else None,
+            }
+            a, b = (span_attention_step(**part(x, n), state=states[impl], **options, impl=impl) for impl in states)
             worst = max(worst, (a.float() - b.float()).abs().nan_to_num(1e9).max().item())
     return worst, all(torch.equal(a, b.nan_to_num(0)) for a, b in zip(*states.values(), strict=True))
 
@@ -248,6 +309,37 @@ def test_the_kernels_equal_the_pytorch_step_in_output_and_state(interpreter, nam
     worst, same = interpreter.submit(kernel_against_pytorch, name).result()
     assert worst < (5e-6 if KERNEL_CASES[name][-1] == torch.float32 else 2e-3)
     assert same
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("units", ["KV heads", "query heads"])
+@pytest.mark.parametrize(
+    "name", ["rings that turn over, a head of several parts", "three heads a group, sizes that need masks, no sinks", "no room besides the sinks"]
+)
+def test_the_kernels_leave_out_the_same_units(interpreter, name, units, gated):  # noqa: F811
+    worst, same = interpreter.submit(kernel_against_pytorch, name, units, gated).result()
+    assert worst < 5e-6
+    assert same
+
+
+def unused_keys_are_poison():
+    """Outputs where a KV head that no row uses has nothing but NaN in its cache. Runs where Triton interprets."""
+    layout = layout_of(2, 100, (40, 0), (0, BETA_ONE), (1, 1))
+    g = torch.Generator().manual_seed(0)
+    x = {n: torch.randn(1, 1, h, 16, generator=g) for n, h in (("q", 4), ("k", 2), ("v", 2))}
+    state = SpanState(*(torch.randn(1, layout.num_slots, 16, generator=g) for _ in "kv"), torch.tensor([99]))
+    for slots in state[:2]:
+        slots[:, layout.num_slots - layout.rings[1] - 2 :] = torch.nan
+    return span_attention_step(**x, state=state, layout=layout, scale=SCALE, active=torch.tensor([[[True, False]]]), impl="triton"), layout, state
+
+
+def test_keys_of_a_head_that_is_not_used_are_not_read(interpreter):  # noqa: F811
+    out, layout, state = interpreter.submit(unused_keys_are_poison).result()
+    assert torch.isfinite(out).all()
+    assert out[:, :, :2].abs().min() > 0
+    assert out[:, :, 2:].abs().max() == 0
+    assert state.length.tolist() == [100]
+    assert torch.isfinite(state.k[0, -layout.rings[1] - 2 :]).all(1).sum() == 1  # the token's own key
 
 
 def test_the_grid_has_a_program_for_every_key_and_no_idle_head():
@@ -303,6 +395,20 @@ def test_on_a_gpu_the_kernels_equal_an_fp64_step_and_write_the_same_state(name):
         span_attention_step(**some, state=plain, **options, impl="reference")
         assert (got.double() - want).norm() < 8e-3 * want.norm()
     same_state(ours, plain)
+
+
+@pytest.mark.parametrize("units", ["KV heads", "query heads"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=gpu) for name in ("llama", "many rows", "as many KV heads", "head_dim 256")])
+def test_on_a_gpu_the_kernels_leave_out_what_is_not_used(name, units):
+    x, state, layout, pad = gpu_case(name, 1)
+    ours, exact = copied(state), copied(state, torch.float64)
+    active, gate = (t.cuda() for t in choice(x["q" if units == "query heads" else "k"].shape[2], 3, rows=len(x["q"])))
+    options = {"layout": layout, "scale": x["q"].shape[-1] ** -0.5, "start": pad, "active": active[:, :1], "gate": gate[:, :1].float()}
+    got = span_attention_step(**x, state=ours, **options, impl="triton")
+    want = span_attention_step(**{name: t.double() for name, t in x.items()}, state=exact, **options, impl="reference")
+    assert (got.double() - want).norm() < 8e-3 * want.norm()
+    assert torch.equal(got == 0, want == 0)
+    assert torch.equal(ours.length, exact.length)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=gpu) for name in ("llama", "a long row")])

@@ -30,7 +30,19 @@ from typing import Any, NamedTuple
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it has been; 3.9 warns that another default is coming
 
-MODULES = tuple(f"attnconvert.kernels.{name}" for name in ("linear.triton", "linear.triton_decode", "span.triton", "span.triton_decode"))
+MODULES = tuple(
+    f"attnconvert.kernels.{name}"
+    for name in (
+        "linear.triton",
+        "linear.triton_decode",
+        "span.triton",
+        "span.triton_decode",
+        "blocks.triton_select",
+        "blocks.triton_attend",
+        "blocks.triton_decode",
+        "heads.triton",
+    )
+)
 # bytes a block may ask for (CUDA programming guide, compute capabilities)
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 # sm_86 and sm_89 run the code and the blocks of sm_80; compiling for them too shows what exceeds their shared memory.

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from attnconvert import embedded
-from attnconvert.convert.report import compact_settings, format_bytes, format_seconds, layer_map, markdown_table, spans_text
+from attnconvert.convert.report import compact_settings, format_bytes, format_seconds, heads_text, layer_map, markdown_table, spans_text
 from attnconvert.convert.save import FACTS_FILE
 from attnconvert.errors import AttnConvertError
 from attnconvert.surgery import registry
@@ -79,6 +79,12 @@ _BIBTEX = {
         "Huang, Zhiqi and Yuan, Huan and Xu, Suting and Xu, Xinran and Lai, Guokun and Chen, Yanru and Zheng, Huabin and Yan, Junjie and Su, Jianlin and Wu, Yuxin and "
         "Zhang, Neo Y. and Yang, Zhilin and Zhou, Xinyu and Zhang, Mingxing and Qiu, Jiezhong",
         2025,
+    ),
+    "2410.11842": (
+        "jin2024moh",
+        "MoH: Multi-Head Attention as Mixture-of-Head Attention",
+        "Jin, Peng and Zhu, Bo and Yuan, Li and Yan, Shuicheng",
+        2024,
     ),
 }
 
@@ -594,6 +600,8 @@ def _introduction(conversion: Mapping[str, Any], adapters_only: bool) -> str:
         what = f"an attention span of its own for each key-value head in {share} {len(layers)} layers ({methods})"
     if methods_of(conversion) == ["infllm_v2"]:
         what = f"softmax attention to the blocks of keys that score best for each token, and to everything while the context is short, in {share} {len(layers)} layers ({methods})"
+    if methods_of(conversion) == ["moh"]:
+        what = f"softmax attention in which each token uses some of the heads, chosen by a router, in {share} {len(layers)} layers ({methods})"
     first = f"{base} with {what} and the model trained to behave as before, by attnconvert."
     if adapters_only:
         first += f" This repository holds only what the conversion added: low-rank adapters and the new attention's parameters. {base} is needed beside it."
@@ -803,7 +811,11 @@ def _lost(document: Mapping[str, Any]) -> str:
 
 def _what(conversion: Mapping[str, Any]) -> str:
     plan = conversion.get("plan")
-    return "\n\n".join(["## What was converted", layer_map(plan), *spans_text(plan, conversion.get("search"))]) if plan else ""
+    return (
+        "\n\n".join(["## What was converted", layer_map(plan), *spans_text(plan, conversion.get("search")), *heads_text(plan, conversion.get("heads"))])
+        if plan
+        else ""
+    )
 
 
 def _speed(bench: Mapping[str, Any]) -> str:

@@ -13,7 +13,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from attnconvert.convert.report import compact_settings, format_bytes, format_seconds, kept_shares, not_compared, ranges, same_in_all_heads, span_lengths
+from attnconvert.convert.report import (
+    compact_settings,
+    format_bytes,
+    format_seconds,
+    head_usage,
+    kept_shares,
+    not_compared,
+    ranges,
+    same_in_all_heads,
+    span_lengths,
+)
 from attnconvert.convert.svg import NUM_STYLES, Block, Mark, Series, layer_strip, line_chart, png_data_uri, scatter, swatch, token_label
 from attnconvert.convert.verdict import row_name
 from attnconvert.errors import AttnConvertError
@@ -553,6 +563,7 @@ def _converted(conversion: Mapping[str, Any]) -> str:
         + f'<div class="figures">{strip}<ul class="kinds">{"".join(entries)}</ul></div>'
         + _details("Table of layers", _table("Layers", ("layer", "attention", "settings", "relative error", "why"), table, text=(1, 2, 4)))
         + _spans(layers, _mapping(conversion.get("search")))
+        + _heads(_mapping(conversion.get("plan")), _mapping(conversion.get("heads")))
     )
 
 
@@ -581,8 +592,34 @@ def _spans(layers: Sequence[Row], search: Mapping[str, Any]) -> str:
     )
 
 
+def _heads(plan: Mapping[str, Any], heads: Mapping[str, Any]) -> str:
+    """How many tokens use each unit of routed heads, layers down and units across, as a table whose cells are shaded."""
+    try:
+        layers = head_usage(plan, heads)
+    except (AttributeError, KeyError, TypeError, ValueError):  # a report that lacks something shows the rest
+        return ""
+    if not layers:
+        return ""
+    width = max(len(shares) for _, shares, _ in layers)
+    head = "".join(f'<th scope="col">{unit}</th>' for unit in range(width))
+    body = []
+    for idx, shares, shared in layers:
+        cells = []
+        for unit, share in enumerate(shares):
+            tip = f"layer {idx}, unit {unit}: used by {share:.1%} of the tokens" + (", as by all" if unit in shared else "")
+            mark = "*" if unit in shared else ""
+            cells.append(f'<td{" class=on" if share > 0.85 else ""} style="--v:{share:.2f}" title="{escape(tip)}">{100 * share:.0f}{mark}</td>')
+        body.append(f'<tr><th scope="row">{idx}</th>{"".join(cells)}</tr>')
+    mean = sum(sum(shares) for _, shares, _ in layers) / sum(len(shares) for _, shares, _ in layers)
+    caption = f"Routed heads: held-out tokens that use each unit, in % (* = shared, used by all; mean {mean:.0%}, the rest is skipped)"
+    return (
+        f'<figure><div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="heat"><caption>{escape(caption)}</caption>'
+        f'<thead><tr><th scope="col">layer \\ unit</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div></figure>'
+    )
+
+
 _STAGE_TITLES = {"transfer": "Attention transfer", "finetune": "Finetuning"}
-_METRICS = (("loss", "loss", "loss"), ("kl", "KL to the original", "nats/token"))
+_METRICS = (("loss", "loss", "loss"), ("kl", "KL to the original", "nats/token"), ("balance", "balance of the routed heads", "1 = all alike"))
 
 
 def _training(conversion: Mapping[str, Any], metrics: Sequence[Row]) -> str:
@@ -1120,6 +1157,10 @@ def _limits(conversion: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str
         items.append(
             "A converted layer keeps all keys, but of a long text each token sees the first blocks, the nearest, and those that score best for it: a detail is found "
             "only where the mean of the keys around it stands out."
+        )
+    if any("router" in config for config in settings):
+        items.append(
+            "A converted layer keeps all keys, but each token leaves out some of the heads, chosen by its queries or its input alone: what a head would have found is not looked at."
         )
     if _rows(evaluation, "quality"):
         items.append(

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import attnconvert
 from attnconvert.convert.load import Loaded, Source, load_config, load_model, load_tokenizer, resolve
+from attnconvert.convert.mix_heads import measure_importance, measure_usage, most_important, undecided_units, with_shared_units
 from attnconvert.convert.plan import Estimate, build_plan, default_length, estimate, evaluation_window, layer_settings, with_span_rules
 from attnconvert.convert.regroup import has_uneven_heads, regroup_for_training, regrouped_heads, uneven_for_training
+from attnconvert.convert.report import ranges
 from attnconvert.convert.sparsify import chosen_rules, needs_search, read_span_plans, search_spans, undecided_spans
 from attnconvert.embedded import demo_overrides
 from attnconvert.errors import AttnConvertError
@@ -59,7 +61,7 @@ class RunUI(Protocol):
     """Receives what happens during a run; shows it or not."""
 
     def on_phase(self, name: str) -> None:
-        """A phase begins: one of `read text`, `load model`, `swap`, `transfer`, `keep`, `finetune`, `merge`, `save`, `evaluate`."""
+        """A phase begins: one of `read text`, `load model`, `swap`, `transfer`, `keep`, `finetune`, `merge`, `save`, `same-data baseline`, `evaluate`."""
 
     def on_step(self, stage: str, step: int, num_steps: int, metrics: dict[str, Any]) -> None:
         """One optimizer step is done (`distill.loop.Progress`)."""
@@ -199,6 +201,7 @@ def prepare(
     if has_uneven_heads(plan):
         _check_uneven(plan, config)
     _check_lengths(loaded, config)
+    _check_calibration(loaded, plan, sites)
     plan, found = read_span_plans(plan, layer_settings(loaded.recipe, plan), sites)
     notes += found
     blocks, align = {block_rule(**row.config).alignment for row in plan.converted if "block_size" in row.config}, loaded.recipe.data.align
@@ -228,6 +231,19 @@ def _check_uneven(plan: ConversionPlan, config: Any) -> None:
             "layers whose projections change cannot be " + (f"mixed with {', '.join(others)}" if others else "put back to softmax attention after transfer"),
             where="layers" if others else "keep",
             hint="convert all layers by one method, or name the layers that stay with keep.layers",
+        )
+
+
+def _check_calibration(loaded: LoadedRecipe, plan: ConversionPlan, sites: Sequence[Site]) -> None:
+    """Refuse to choose shared units by training text where there is none, before a model is loaded."""
+    stages, undecided = loaded.recipe.stages, undecided_units(loaded.recipe, plan, sites)
+    if undecided and not stages.transfer.tokens and not stages.finetune.tokens:
+        raise AttnConvertError(
+            "no-calibration",
+            f"the shared units of layers {ranges(list(undecided))} are chosen by their outputs on training text, and no stage reads any",
+            where="layers",
+            expected="a training stage, choose_shared: first, or shared_units",
+            hint="`--set layers.0.config.choose_shared=first`",
         )
 
 
@@ -304,6 +320,8 @@ class _Record:
         seconds: phase -> wall-clock seconds, over all sessions.
         plan, stages, data: filled in when known.
         search: the search for attention spans, where there was one; a resumed run does not search again.
+        heads: of layers with routed heads, by layer index as text: the `importance` of each unit, where calibration chose the shared ones, and their `usage`, the
+            share of held-out tokens that each is used by.
         command, versions, device: for the report.
     """
 
@@ -315,6 +333,7 @@ class _Record:
     stages: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, Any] | None = None
     search: dict[str, Any] | None = None
+    heads: dict[str, dict[str, list[float]]] | None = None
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     device: str = ""
@@ -621,8 +640,12 @@ def _work(job: _Job, folder: Path, tokenizer: Any, texts: _Texts) -> EvalReport 
         job.save_record(folder)
     report = None
     if not job.options.skip_evaluation:
+        baseline = None
+        if job.prepared.recipe.recipe.evaluate.same_data_baseline:
+            with job.phase("same-data baseline"):
+                baseline = _same_data_model(job, folder / "baseline", texts)
         with job.phase("evaluate"):
-            report = _evaluate(job, tokenizer, texts)
+            report = _evaluate(job, tokenizer, texts, baseline)
             _write_report(job, report)
     job.record.status = "complete"
     job.save_record(job.options.out / FOLDER)
@@ -798,8 +821,23 @@ def _swap(job: _Job, model: Any, tokenizer: Any, texts: _Texts, folder: Path) ->
         return dict(regroup_for_training(model, prepared.sites, plan, texts.transfer, seed, ui.note, ui.on_eval)), plan
     if undecided_spans(plan):
         plan = _search_spans(job, model, tokenizer, folder)
+    plan = _choose_shared(job, model, plan, texts, folder)
     swap(model, plan)
     return _cores(model), plan
+
+
+def _choose_shared(job: _Job, model: Any, plan: ConversionPlan, texts: _Texts, folder: Path) -> ConversionPlan:
+    """The plan with the units that all tokens use, in layers with routed heads whose recipe leaves them to calibration."""
+    undecided = undecided_units(job.prepared.recipe.recipe, plan, job.prepared.sites)
+    if not undecided:
+        return plan
+    if job.record.heads is None:  # a resumed run goes on with the units that it has trained with
+        units = {idx: count for idx, (count, _) in undecided.items()}
+        found = measure_importance(model, job.prepared.sites, units, texts.transfer, _seed(job.prepared, job.options), job.ui.on_eval)
+        job.record.heads = {"importance": {str(idx): own for idx, own in found.items()}}
+        job.save_record(folder)
+    importance = {int(idx): own for idx, own in job.record.heads["importance"].items()}
+    return with_shared_units(plan, most_important(importance, {idx: shared for idx, (_, shared) in undecided.items()}))
 
 
 def _search_spans(job: _Job, model: Any, tokenizer: Any, folder: Path) -> ConversionPlan:
@@ -938,10 +976,11 @@ def load_converted(path: Path, *, dtype: str = "auto") -> Any:
     return AutoModelForCausalLM.from_pretrained(str(path), trust_remote_code=False, dtype=dtype).eval().requires_grad_(False)
 
 
-def _evaluate(job: _Job, tokenizer: Any, texts: _Texts) -> EvalReport:
-    """Measure what is on disk, not what was in memory."""
+def _evaluate(job: _Job, tokenizer: Any, texts: _Texts, baseline: Any) -> EvalReport:
+    """Measure what is on disk, not what was in memory; beside it the baseline, unless that is None."""
     from attnconvert.convert.evaluate import evaluate_models
     from attnconvert.convert.merge import load_merged
+    from attnconvert.convert.reevaluate import BASELINE
     from attnconvert.surgery.swap import zeroed_linear_branch
 
     out = job.options.out
@@ -954,6 +993,9 @@ def _evaluate(job: _Job, tokenizer: Any, texts: _Texts) -> EvalReport:
     ablations: dict[str, Callable[[], Any]] = {}
     if any(getattr(core, "linear", False) for core in _cores(student).values()):
         ablations["linear branch zeroed"] = lambda: zeroed_linear_branch(student)
+    usage = measure_usage(student, texts.eval, job.device, job.ui.on_eval)
+    if usage:
+        job.record.heads = {**(job.record.heads or {}), "usage": {str(idx): own for idx, own in usage.items()}}
     with _fast_matmul(job.device):
         return evaluate_models(
             student,
@@ -965,6 +1007,7 @@ def _evaluate(job: _Job, tokenizer: Any, texts: _Texts) -> EvalReport:
             window=evaluation_window(ConversionPlan.from_dict(cast(dict[str, Any], job.record.plan))),
             ablations=ablations,
             progress=job.ui.on_eval,
+            others={} if baseline is None else {BASELINE: baseline},
             seed=_seed(job.prepared, job.options),
         )
 
@@ -992,6 +1035,7 @@ def _write_report(job: _Job, report: EvalReport) -> None:
         "base_model_license": base_facts(job.prepared.source.name, revision=job.prepared.source.revision).license,
         "plan": record.plan,
         "search": record.search,
+        "heads": record.heads,
         "stages": record.stages,
         "data": record.data,
         "versions": record.versions,
@@ -1017,9 +1061,7 @@ def run_same_data_baseline(prepared: Prepared, options: RunOptions, ui: RunUI) -
         ui: is told what happens.
     """
     from attnconvert.convert.evaluate import evaluate_models
-    from attnconvert.distill.finetune import run_finetune
-    from attnconvert.distill.lora import add_lora, merge_lora
-    from attnconvert.surgery.regrouped import remember_sources
+    from attnconvert.convert.reevaluate import BASELINE
 
     device, precision = torch_device(options.device), _precision(prepared, options)
     folder = Path(os.path.abspath(options.out))
@@ -1029,30 +1071,50 @@ def run_same_data_baseline(prepared: Prepared, options: RunOptions, ui: RunUI) -
     with job.phase("read text"):
         texts = _load_texts(prepared, tokenizer, seed, ui)
     _make_folders(folder)
-    with _fast_matmul(device), _explained_memory(job):
-        with job.phase("load model"):
-            student = _on_device(_load_source(prepared, options.dtype).model, job)
-        with job.phase("finetune"):
-            layers: Mapping[int, ConvertedLayer] = remember_sources(student, prepared.sites) if _new_projections(prepared.plan) else {}
-            wrapped = add_lora(student, [row.path for row in prepared.plan.converted], recipe.stages.finetune.lora, seed=seed)
-            context = replace(job.context(folder), compile=_compiles(job, recipe.stages.finetune.tokens))
-            run_finetune(wrapped, layers, texts.finetune, recipe.stages.finetune, context)
-            student = cast(Any, merge_lora(wrapped)).eval().requires_grad_(False)
-        with job.phase("evaluate"):
-            teacher = _on_device(_load_source(prepared, options.dtype).model, job)
-            report = evaluate_models(
-                student,
-                teacher,
-                tokenizer,
-                texts.eval,
-                recipe.evaluate.model_copy(update={"passkey_trials": 0}),
-                device=device,
-                window=None,
-                ablations={},
-                progress=ui.on_eval,
-                seed=seed,
-            )
-    return replace(report.quality_of("student"), name="teacher, same data", kind="other")
+    with job.phase("same-data baseline"):
+        student = _same_data_model(job, folder, texts)
+    with job.phase("evaluate"), _fast_matmul(device), _explained_memory(job):
+        teacher = _on_device(_load_source(prepared, options.dtype).model, job)
+        report = evaluate_models(
+            student,
+            teacher,
+            tokenizer,
+            texts.eval,
+            recipe.evaluate.model_copy(update={"passkey_trials": 0}),
+            device=device,
+            window=None,
+            ablations={},
+            progress=ui.on_eval,
+            seed=seed,
+        )
+    return replace(report.quality_of("student"), name=BASELINE, kind="other")
+
+
+@dataclass(frozen=True)
+class _BaselineProgress:
+    """Tells a RunUI of the baseline's training, under a name of its own."""
+
+    ui: RunUI
+
+    def on_step(self, stage: str, step: int, num_steps: int, metrics: dict[str, Any]) -> None:
+        """As `RunUI.on_step`."""
+        self.ui.on_step(f"{stage} of the baseline", step, num_steps, metrics)
+
+
+def _same_data_model(job: _Job, folder: Path, texts: _Texts) -> Any:
+    """The softmax model finetuned on the rows that the converted one is, on the device; metrics and checkpoints go to `folder`."""
+    from attnconvert.distill.finetune import run_finetune
+    from attnconvert.distill.lora import add_lora, merge_lora
+    from attnconvert.surgery.regrouped import remember_sources
+
+    prepared, config = job.prepared, job.prepared.recipe.recipe.stages.finetune
+    with _fast_matmul(job.device), _explained_memory(job):
+        model = _on_device(_load_source(prepared, job.options.dtype).model, job)
+        layers: Mapping[int, ConvertedLayer] = remember_sources(model, prepared.sites) if _new_projections(prepared.plan) else {}
+        wrapped = add_lora(model, [row.path for row in prepared.plan.converted], config.lora, seed=_seed(prepared, job.options))
+        context = replace(job.context(folder), compile=_compiles(job, config.tokens), progress=_BaselineProgress(job.ui))
+        run_finetune(wrapped, layers, texts.finetune, config, context)
+        return cast(Any, merge_lora(wrapped)).eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------- surroundings

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from attnconvert.convert.load import load_config, resolve
-from attnconvert.convert.report import compact_settings, describe_blocks, describe_rules, format_bytes, format_seconds, ranges, span_rules
+from attnconvert.convert.report import compact_settings, describe_blocks, describe_heads, describe_rules, format_bytes, format_seconds, ranges, span_rules
 from attnconvert.errors import AttnConvertError, ErrorGroup
 from attnconvert.recipes.schema import SOFTMAX, Recipe, assign_rules, resolve_layers
 from attnconvert.surgery import registry
@@ -332,7 +332,14 @@ def estimate(plan: ConversionPlan, sites: Sequence[Site], recipe: Recipe, num_pa
         element_size: bytes per weight.
     """
     decided = assign_rules(recipe.layers, len(sites))
-    new = {row.layer_idx: _num_parameters(core) for row, core in _cores(plan)}
+    settings = layer_settings(recipe, plan)
+    by_layer = {site.layer_idx: site for site in sites}
+    new = {}
+    for row, core in _cores(plan):
+        new[row.layer_idx] = _num_parameters(core)
+        if not new[row.layer_idx] and not core.changes_projections:  # some cores make theirs when they get to know the attention module
+            cost = registry.get(str(row.method)).cost(settings[row.layer_idx], by_layer[row.layer_idx], length, element_size)
+            new[row.layer_idx] = cost.num_parameters
 
     def costs(at: int) -> list[LayerEstimate]:
         layers = []
@@ -391,6 +398,7 @@ def estimate(plan: ConversionPlan, sites: Sequence[Site], recipe: Recipe, num_pa
             f"Times assume {ASSUMED_FLOPS['cuda']:.2g} FLOP/s on a GPU (one H100, bf16, model of 135 M parameters) and {ASSUMED_FLOPS['cpu']:.2g} on 2 CPU cores in fp32; "
             "expect a factor of three either way. Loading, saving and evaluation come on top.",
             "Memory is for the recipe's micro_batch_size, without gradient checkpointing.",
+            *(["The same-data baseline, finetuned too, takes about as long again as finetune."] if recipe.evaluate.same_data_baseline else []),
         ),
     )
 
@@ -429,6 +437,10 @@ def describe_settings(row: LayerPlan) -> str:
     if "topk" in rest:
         parts.append(describe_blocks(rest))
         for name in ("block_size", "init_blocks", "window_size", "topk", "dense_len", "scorer"):
+            del rest[name]
+    if "router" in rest:
+        parts.append(describe_heads(row.num_heads, row.num_key_value_heads, rest))
+        for name in ("unit", "active", "shared", "shared_units", "router", "gates"):
             del rest[name]
     if heads is not None:
         parts.append(f"{row.num_key_value_heads} -> {heads} KV heads")

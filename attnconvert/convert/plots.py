@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnconvert.convert.report import head_usage
 from attnconvert.distill.loop import write_atomic
 from attnconvert.errors import AttnConvertError
 
@@ -122,7 +124,7 @@ def _log_axis(axis: Any, low: float, high: float, label: Callable[[float], str],
 
 
 def draw_report(directory: Path) -> list[Path]:
-    """Plot what a checkpoint's report.json and metrics.jsonl hold into DIR/plots: training, positions, needles, attention maps. `draw_bench` has speed.
+    """Plot what a checkpoint's report.json and metrics.jsonl hold into DIR/plots: training, positions, needles, use of routed heads, attention maps. `draw_bench` has speed.
 
     Args:
         directory: a checkpoint with report.json; what was not measured is left out.
@@ -135,12 +137,15 @@ def draw_report(directory: Path) -> list[Path]:
     """
     from attnconvert.convert.fidelity import draw_maps
 
-    evaluation = json.loads((directory / "report.json").read_text(encoding="utf-8"))["evaluation"]
+    document = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    evaluation, conversion = document["evaluation"], document["conversion"]
+    usage = head_usage(conversion["plan"], conversion.get("heads")) if conversion.get("plan") else []
     metrics, folder = directory / "attnconvert" / "metrics.jsonl", directory / "plots"
     drawings: list[tuple[str, bool, Callable[[Path], object]]] = [
         ("training.png", metrics.is_file() and metrics.stat().st_size > 0, lambda path: draw_training(metrics, path)),
         ("positions.png", bool(evaluation.get("positions")), lambda path: draw_positions(evaluation["positions"], path)),
         ("needles.png", bool(evaluation.get("needles")), lambda path: draw_needles(evaluation["needles"], path)),
+        ("heads.png", bool(usage), lambda path: draw_heads(usage, path)),
         ("attention-maps.png", bool((evaluation.get("fidelity") or {}).get("maps")), lambda path: draw_maps(evaluation["fidelity"], path)),
     ]
     drawn = []
@@ -382,6 +387,38 @@ def draw_needles(needles: Sequence[Mapping[str, Any]], path: Path) -> Path:
     bar.outline.set_visible(False)
     if any(row.get("beyond_window") for row in needles):
         figure.supxlabel("\u2022 the needle lies beyond the window", fontsize=_FONT_SIZE - 2, color="#555555")
+    return _save(figure, path)
+
+
+# ---------------------------------------------------------------- routed heads
+
+
+def draw_heads(usage: Sequence[tuple[int, Sequence[float], Collection[int]]], path: Path) -> Path:
+    """Plot how many tokens use each routed unit as a map of layers by units; shared units, which all tokens use, have a dot.
+
+    Args:
+        usage: from `report.head_usage`.
+        path: the file.
+
+    Raises:
+        AttnConvertError: `missing-extra`, `cannot-write`.
+    """
+    width = max(len(shares) for _, shares, _ in usage)
+    figure = _figure(1.6 + 0.26 * len(usage))
+    axes = figure.add_subplot()
+    _dress(axes, "Tokens that use each unit (\u2022 shared: all)", "unit", "layer")
+    image = axes.imshow([[*shares, *[math.nan] * (width - len(shares))] for _, shares, _ in usage], cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")
+    for y, (_, _, shared) in enumerate(usage):
+        for x in shared:
+            axes.text(x, y, "\u2022", ha="center", va="center", color="black")
+    every = max(1, -(-len(usage) // 16))
+    axes.set_yticks(range(0, len(usage), every), [str(idx) for idx, _, _ in usage[::every]])
+    axes.set_xticks(range(0, width, max(1, -(-width // 16))))
+    axes.grid(visible=False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.015)
+    bar.set_label("share of the tokens", fontsize=_FONT_SIZE - 1, color=_INK)
+    bar.ax.tick_params(labelsize=_FONT_SIZE - 2, colors=_INK, length=0)
+    bar.outline.set_visible(False)
     return _save(figure, path)
 
 

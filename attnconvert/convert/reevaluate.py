@@ -270,6 +270,7 @@ def evaluate_converted(
         "base_model_license": base_facts(record.teacher, revision=record.revision).license,
         "plan": plan.to_dict(),
         "search": facts.get("search"),
+        "heads": facts.get("heads"),
         "stages": facts.get("stages", []),
         "data": facts.get("data"),
         "evaluation_data": held_out.description,

@@ -25,6 +25,7 @@ from attnconvert.convert.recall import NUM_CANDIDATES, MqarResult, NeedleResult,
 from attnconvert.convert.verdict import row_name
 from attnconvert.distill.loop import write_atomic
 from attnconvert.errors import AttnConvertError
+from attnconvert.kernels.heads.units import num_units, unit_counts
 from attnconvert.kernels.span.slots import fixed_point, least_window, visible_keys
 
 REPORT_SCHEMA_VERSION = 1
@@ -414,6 +415,7 @@ def _what_section(conversion: Mapping[str, Any], recipe: str | None) -> str:
     if plan:
         facts.append(layer_map(plan))
         facts += spans_text(plan, conversion.get("search"))
+        facts += heads_text(plan, conversion.get("heads"))
     return "## What was converted\n\n" + "\n\n".join(facts) if facts else ""
 
 
@@ -447,6 +449,45 @@ def spans_text(plan: Mapping[str, Any], search: Mapping[str, Any] | None) -> lis
             f"{format_seconds(sum(search['seconds'].values()))}."
         )
     return text
+
+
+def heads_text(plan: Mapping[str, Any], heads: Mapping[str, Any] | None) -> list[str]:
+    """Paragraphs of Markdown about the use of routed heads: how many of the held-out tokens use each unit of each layer, and what is skipped; none without.
+
+    Args:
+        plan: ConversionPlan.to_dict().
+        heads: the facts of the run about them, `usage` and, where calibration chose the shared units, `importance`.
+    """
+    layers = head_usage(plan, heads)
+    if not layers:
+        return []
+    width = max(len(shares) for _, shares, _ in layers)
+    rows = []
+    for idx, shares, shared in layers:
+        cells = [f"{100 * share:.0f}" + ("*" if unit in shared else "") for unit, share in enumerate(shares)]
+        rows.append((str(idx), *cells, *["-"] * (width - len(cells)), f"{_skipped(shares):.0%}"))
+    chosen = " Calibration chose the shared ones: those whose outputs after o_proj were the largest." if (heads or {}).get("importance") else ""
+    return [
+        "Routed heads: the held-out tokens that use each unit (a KV head with its query heads, or a query head), in %; * = shared, used by all. What is skipped is not "
+        f"computed, and its keys are not read in decoding.{chosen}",
+        markdown_table(("layer", *map(str, range(width)), "skipped"), rows),
+    ]
+
+
+def head_usage(plan: Mapping[str, Any], heads: Mapping[str, Any] | None) -> list[tuple[int, list[float], set[int]]]:
+    """For each layer with routed heads whose use was measured: its index, the share of tokens that use each unit, and which units are shared."""
+    usage = {int(idx): [float(share) for share in own] for idx, own in ((heads or {}).get("usage") or {}).items()}
+    rows = {int(row["layer_idx"]): row for row in plan["layers"] if "router" in row["config"]}
+    found = []
+    for idx in sorted(usage.keys() & rows.keys()):
+        config = rows[idx]["config"]
+        given, count = config["shared_units"], unit_counts(len(usage[idx]), config["active"], config["shared"])[1]
+        found.append((idx, usage[idx], set(range(count)) if given is None else set(given)))
+    return found
+
+
+def _skipped(shares: Sequence[float]) -> float:
+    return 1 - sum(shares) / len(shares)
 
 
 def span_lengths(search: Mapping[str, Any] | None) -> list[int]:
@@ -515,9 +556,19 @@ def describe_blocks(config: Mapping[str, Any]) -> str:
     return f"blocks of {config['block_size']}: {config['init_blocks']} first, {nearest} nearest, {chosen} chosen{how}{dense}"
 
 
+def describe_heads(num_heads: int, num_key_value_heads: int, config: Mapping[str, Any]) -> str:
+    """Settings of routed heads: `6 of 8 KV heads a token, 4 of them always (0, 2-4), router norm, hard gates`."""
+    units = num_units(config["unit"], num_heads, num_key_value_heads)
+    used, shared = unit_counts(units, config["active"], config["shared"])
+    given = config["shared_units"]
+    always = f"{shared} of them always" if given is None else f"{len(given)} of them always ({ranges(given)})" if given else "none of them always"
+    what = "KV heads" if config["unit"] == "kv_head" else "query heads"
+    return f"{used} of {units} {what} a token, {always}, router {config['router']}, {config['gates']} gates"
+
+
 def same_in_all_heads(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's settings without the rules of its attention spans, where each KV head has its own: layers that differ in them alone are of one kind."""
-    return {key: value for key, value in config.items() if key not in ("alphas", "betas") or not isinstance(value, list | tuple)}
+    """A row's settings without what is about single heads (rules of attention spans where each has its own, shared units): layers that differ in it alone are of one kind."""
+    return {key: value for key, value in config.items() if key not in ("alphas", "betas", "shared_units") or not isinstance(value, list | tuple)}
 
 
 def kept_shares(row: Mapping[str, Any], length: int) -> list[float] | None:

@@ -30,6 +30,7 @@ from attnconvert.convert.report import format_bytes
 from attnconvert.errors import AttnConvertError
 from attnconvert.kernels.blocks.rule import BlockRule
 from attnconvert.kernels.span.reference import BETA_ONE
+from attnconvert.surgery.runtime.heads import MixtureOfHeads
 from attnconvert.surgery.runtime.modeling import converted_sites
 
 if TYPE_CHECKING:
@@ -315,9 +316,9 @@ def fingerprint(model: nn.Module) -> str:
 def _wide_weights(model: nn.Module) -> Iterator[None]:
     """Inside, 16-bit weights are held in fp32 (exact, and back exactly) when memory allows, so that rounding cannot hide a mistake.
 
-    All in fp64 where layers choose blocks: a choice between two that score alike turns with the last bits, and in fp32 one in some ten thousand does.
+    All in fp64 where layers choose blocks or heads: a choice between two that score alike turns with the last bits, and in fp32 one in some ten thousand does.
     """
-    wide = torch.float64 if _choosing(model) else torch.float32
+    wide = torch.float64 if _choosing(model) or _routing(model) else torch.float32
     narrow = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.dtype.itemsize < wide.itemsize]
     needed = sum(t.numel() * wide.itemsize for t in narrow)
     if not narrow or needed > 0.8 * _free_memory(narrow[0].device):
@@ -369,7 +370,8 @@ def check_parity(model: Any) -> Parity:
 
     The sequence is three windows long, the steps cross the end of a window block, and the rows of the batch cross theirs at other steps. Attention spans of
     thousands of tokens would need a sequence of thousands to drop a key: they are checked with all fixed parts of their windows made shorter alike, and layers
-    that choose blocks with blocks so few and small that there is something to choose from.
+    that choose blocks with blocks so few and small that there is something to choose from. Where the weights do not fit into memory in fp64, layers that choose
+    use all they could choose from.
 
     Args:
         model: a converted causal LM in eval mode, on any device.
@@ -388,7 +390,7 @@ def check_parity(model: Any) -> Parity:
     ids = torch.randint(0, vocab, (len(pads), num_tokens), generator=torch.Generator().manual_seed(0)).to(device)
     mask = torch.stack([(torch.arange(num_tokens) >= pad).long() for pad in pads]).to(device)
 
-    with _wide_weights(model), _plain_arithmetic(model), _short_spans(model, size), _few_blocks(model):
+    with _wide_weights(model), _plain_arithmetic(model), _short_spans(model, size), _few_blocks(model), _sure_heads(model):
         want = [model(**_inputs(model, ids[row : row + 1, pad:]), use_cache=False).logits[0].float() for row, pad in enumerate(pads)]
         dtype = next(p.dtype for p in model.get_output_embeddings().parameters())
         deviation = float(want[0].std())
@@ -495,6 +497,25 @@ _PROBE_BLOCK, _PROBE_DENSE = 32, 150  # of 197 tokens, in 7 blocks, the queries 
 def _choosing(model: nn.Module) -> list[Any]:
     """The cores that choose blocks of keys."""
     return [module.core for _, _, module in converted_sites(model) if isinstance(getattr(module.core, "rule", None), BlockRule)]
+
+
+def _routing(model: nn.Module) -> list[Any]:
+    """The cores that choose heads."""
+    return [module.core for _, _, module in converted_sites(model) if isinstance(module.core, MixtureOfHeads)]
+
+
+@contextlib.contextmanager
+def _sure_heads(model: nn.Module) -> Iterator[None]:
+    """Inside, layers that choose heads use all of them where the weights are not in fp64, see `_wide_weights`."""
+    cores = [] if all(p.dtype == torch.float64 for p in model.parameters()) else _routing(model)
+    before = [core.num_active for core in cores]
+    try:
+        for core in cores:
+            core.num_active = core.num_units
+        yield
+    finally:
+        for core, value in zip(cores, before, strict=True):
+            core.num_active = value
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ model (no converted layers) the same code gives the baseline: the softmax model 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +40,41 @@ _CHUNK_ELEMENTS = 2**26
 """Logits held at once: 256 MiB per fp32 tensor, of which the loss needs about four."""
 
 
+@runtime_checkable
+class AlignedLayer(Protocol):
+    """A converted layer that is faster where packed documents are aligned.
+
+    Attributes:
+        packed_alignment: the starts of all documents in packed rows are known to be multiples of this.
+    """
+
+    packed_alignment: int
+
+
+@runtime_checkable
+class RoutedLayer(Protocol):
+    """A converted layer with a router.
+
+    Attributes:
+        balanced: each forward pass computes a balance loss: mean over rows, 1 = all choices are alike.
+        on_balance: gets it, with its graph; None = nobody does.
+    """
+
+    balanced: bool
+    on_balance: Callable[[Tensor], None] | None
+
+    def set_progress(self, progress: float) -> None:
+        """Use as many units as belong to a share of finetuning, 1 at its end."""
+
+
 def run_finetune(
     model: peft.PeftModel, cores: Mapping[int, ConvertedLayer], rows: PackedRows | MixedRows, config: FinetuneConfig, run: RunContext
 ) -> StageResult:
     """Trains the adapters, and what is new in the converted layers when `config.train_cores`; other weights never change.
 
     KL is averaged over all tokens of a batch, cross-entropy over those with a next token in their document; both by the counts of the whole batch, so
-    `micro_batch_size` changes nothing but rounding. Dropout is that of the adapters only; the model itself stays in eval mode.
+    `micro_batch_size` changes nothing but rounding. Dropout is that of the adapters only; the model itself stays in eval mode. The balance losses of layers with
+    a router are added up over the layers; how many units they use follows from the step.
 
     Args:
         model: the result of `lora.add_lora`, on `run.device`.
@@ -85,15 +113,24 @@ def run_finetune(
     vocab_size = cast(Any, base).get_output_embeddings().weight.shape[0]
     chunk_size = max(16, _CHUNK_ELEMENTS // vocab_size)
     micro = config.micro_batch_size or config.batch_size
+    routed = [core for core in cores.values() if isinstance(core, RoutedLayer)]
+    balanced = routed if config.balance else []
+
+    def listen(found: list[Tensor] | None) -> None:
+        # Nobody listens in a backward pass, where checkpointed layers are computed again: what they would hand out holds on to all that was recomputed.
+        for core in balanced:
+            core.on_balance = None if found is None else found.append
 
     def compute(step: int) -> dict[str, Tensor]:
+        for core in routed:
+            core.set_progress((step + 1) / config.steps)
         batch = rows.batch(run.seed, step, config.batch_size * config.length)
         num_rows, length = batch.input_ids.shape
         rows_per_pass = micro * (config.length // length)
         targets = batch.targets()
         # Counted on the CPU: no wait for the device.
         num_tokens, num_targets = targets.numel(), int((targets != IGNORE_INDEX).sum())
-        kl_sum, ce_sum = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
+        kl_sum, ce_sum, balance = (torch.zeros((), device=run.device) for _ in range(3))
         for start in range(0, num_rows, rows_per_pass):
             part = slice(start, start + rows_per_pass)
             input_ids = batch.input_ids[part].to(run.device, non_blocking=True)
@@ -102,8 +139,11 @@ def run_finetune(
             if config.kl > 0:
                 with _as_teacher(model, cores), torch.no_grad(), autocast(run):
                     teacher_hidden = hidden_states(base, input_ids, position_ids)
+            losses: list[Tensor] = []
             with autocast(run):
+                listen(losses)
                 student_hidden = hidden_states(base, input_ids, position_ids)
+                listen(None)
                 part_targets = targets[part].to(run.device, non_blocking=True)
                 loss = distillation_loss(
                     student_hidden,
@@ -115,17 +155,28 @@ def run_finetune(
                     config.ce / max(1, num_targets),
                     chunk_size,
                 )
-            loss.loss.backward()  # type: ignore[no-untyped-call]
+            total = loss.loss
+            if losses:
+                assert len(losses) == len(balanced), "each layer with a router hands out one balance loss in a forward pass"
+                part_balance = torch.stack(losses).sum() * (input_ids.shape[0] / num_rows)
+                total, balance = total + config.balance * part_balance, balance + part_balance.detach()
+            total.backward()  # type: ignore[no-untyped-call]
             kl_sum, ce_sum = kl_sum + loss.kl_sum, ce_sum + loss.ce_sum
         norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip or float("inf"))
         kl, ce = kl_sum / num_tokens, ce_sum / max(1, num_targets)
-        metrics = {"loss": config.kl * kl + config.ce * ce, "grad_norm": norm, "ce": ce}
-        return metrics | ({"kl": kl} if config.kl > 0 else {})
+        metrics = {"loss": config.kl * kl + config.ce * ce + config.balance * balance, "grad_norm": norm, "ce": ce}
+        return metrics | ({"kl": kl} if config.kl > 0 else {}) | ({"balance": balance / len(balanced)} if balanced else {})
 
     try:
-        with _gradient_checkpointing(base, run.gradient_checkpointing), _compiled_layers(base, run):
+        for core in balanced:
+            core.balanced = True
+        with _told_alignment(cores, rows), _gradient_checkpointing(base, run.gradient_checkpointing), _compiled_layers(base, run):
             return train("finetune", groups, compute, layers=[], config=config, rows=rows, run=run)
     finally:
+        listen(None)
+        for core in routed:
+            core.balanced = False
+            core.set_progress(1.0)
         base.eval()  # the adapters' dropout too: whoever evaluates next must not have to know about it
 
 
@@ -140,6 +191,19 @@ def _as_teacher(model: peft.PeftModel, cores: Mapping[int, ConvertedLayer]) -> I
     finally:
         for core, teacher in before:
             core.teacher = teacher
+
+
+@contextmanager
+def _told_alignment(cores: Mapping[int, ConvertedLayer], rows: PackedRows | MixedRows) -> Iterator[None]:
+    """Inside, layers whose kernels take packed documents that begin at certain multiples know of which ones these do; else each would look on the device, and wait."""
+    layers = [core for core in cores.values() if isinstance(core, AlignedLayer)]
+    for core in layers:
+        core.packed_alignment = rows.alignment
+    try:
+        yield
+    finally:
+        for core in layers:
+            core.packed_alignment = 1
 
 
 @contextmanager

@@ -93,6 +93,7 @@ def restore_softmax(model: Any, layer_idxs: Iterable[int], reason: str) -> Conve
             hint="let the plan keep them from the start",
         )
     for idx in wanted:
+        sites[idx].core.teacher = True  # what listens to the module for it does nothing then
         del sites[idx].core
     plan = ConversionPlan.from_dict(model.config.attn_plan)
     rows = tuple(replace(row, method=None, config={}, reason=reason) if row.layer_idx in wanted else row for row in plan.layers)

@@ -38,7 +38,7 @@ def compress(k: Tensor, kernel: int, stride: int) -> Tensor:
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
     # Sums of `stride` keys first, which neighbouring windows share: each key is read once.
     sums = k[:, : (count - 1) * stride + kernel].unflatten(1, (-1, stride)).sum(2, dtype=wide)
-    total = sums[:, :count]
+    total: Tensor = sums[:, :count]
     for piece in range(1, pieces):
         total = total + sums[:, piece : piece + count]
     return (total / kernel).to(k.dtype)

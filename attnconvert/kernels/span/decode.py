@@ -181,7 +181,8 @@ def _routed(out: Tensor, active: Tensor | None, gate: Tensor | None) -> Tensor:
     units = out.unflatten(2, (active.shape[2], -1))
     if gate is not None:
         units = units * gate.to(out.dtype)[..., None, None]
-    return units.masked_fill(~active[..., None, None], 0).flatten(2, 3)
+    out = units.masked_fill(~active[..., None, None], 0).flatten(2, 3)
+    return out
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -1,0 +1,1 @@
+"""Softmax attention in which each token uses some of the heads."""
