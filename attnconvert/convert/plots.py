@@ -138,7 +138,7 @@ def draw_report(directory: Path) -> list[Path]:
     from attnconvert.convert.fidelity import draw_maps
 
     document = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-    evaluation, conversion = document["evaluation"], document["conversion"]
+    evaluation, conversion = document["evaluation"], document.get("conversion", {})
     usage = head_usage(conversion["plan"], conversion.get("heads")) if conversion.get("plan") else []
     metrics, folder = directory / "attnconvert" / "metrics.jsonl", directory / "plots"
     drawings: list[tuple[str, bool, Callable[[Path], object]]] = [
