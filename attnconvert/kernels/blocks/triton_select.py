@@ -465,8 +465,9 @@ _SHIPPED: tuple[tuple[int, int, int, Scorer, bool], ...] = (
 )  # D, R, S, scorer, packed
 
 
-# Bytes of stack accepted for rows of a million tokens: a program has the most warps, a warp half of the registers, and what does not fit is read once per token.
-_STACK = 256
+# Bytes of stack accepted for `choose_kernel` by NBP. Rows of a million tokens: a program has the most warps, a warp half of the registers, and what does not fit is read
+# once per token. 2048 blocks on compute capability 8.0: Triton 3.6 leaves out up to 24 numbers of the training form.
+_STACK = {8: {2048: 96, MAX_BLOCKS: 512}, 9: {MAX_BLOCKS: 512}}
 
 
 def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
@@ -502,7 +503,7 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
                     signature_of,
                     constexprs,
                     options,
-                    _STACK if constexprs.get("NBP") == MAX_BLOCKS else 0,
+                    _STACK.get(arch // 10, {}).get(constexprs.get("NBP", 0), 0),
                 )
             )
     return configs
