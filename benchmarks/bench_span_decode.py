@@ -23,10 +23,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_linear import measure_steps, relative_error, wrong
 from kernel_rows import REPLAYS, STEP_RIVALS, StepRows, arguments, took
 
-from attnconvert.kernels.span.decode import SpanLayout, SpanState, span_attention_step, span_layout
+from attnconvert.kernels.span.decode import SpanLayout, span_layout
 from attnconvert.kernels.span.slots import visible_keys
 
 NUM_SINKS = 64
@@ -45,34 +44,8 @@ class Bench(StepRows):
         alphas = tuple(self.windows[head * len(self.windows) // G] for head in range(G))
         return span_layout(alphas, (0,) * G, (1,) * G, NUM_SINKS, self.args.context + 10 * REPLAYS, self.device)
 
-    def floor_ms(self, B: int, H: int, keys: int, D: int) -> float:
-        """`keys`: of all KV heads of a row."""
-        return B * (2 * keys + 2 * H) * D * self.dtype.itemsize / self.ceilings.copy * 1e3
-
     def ours(self, B: int, H: int, G: int, D: int) -> dict[str, Any]:
-        layout = self.layout(G)
-
-        def state() -> SpanState:
-            length = torch.full((B,), self.args.context - 1, dtype=torch.int64, device=self.device)
-            return SpanState(self.normal(B, layout.num_slots, D), self.normal(B, layout.num_slots, D), length)
-
-        q, k, v = self.normal(B, 1, H, D), self.normal(B, 1, G, D), self.normal(B, 1, G, D)
-        step = partial(span_attention_step, q, k, v, layout=layout, scale=D**-0.5, impl=self.impl)
-        one = state()
-        exact = SpanState(one.k[:1].float(), one.v[:1].float(), one.length[:1].clone())
-        wanted = span_attention_step(*(x[:1].float() for x in (q, k, v)), state=exact, layout=layout, scale=D**-0.5, impl="reference")
-        errors = {"output": relative_error(step(state=one)[:1], wanted)}
-        note = wrong(errors)
-        if note is not None:
-            return {"ms": None, "note": note, "errors": errors}
-        num = self.copies(one.k.nbytes + one.v.nbytes)
-        states = [one, *(state() for _ in range(num - 1))]
-        return {
-            "ms": measure_steps([partial(step, state=s) for s in states], REPLAYS),
-            "errors": errors,
-            "copies": num,
-            "cache_bytes": one.k.nbytes + one.v.nbytes,
-        }
+        return self.span_step(B, self.args.context, H, G, D, self.layout(G))
 
     def rival(self, name: str, B: int, H: int, G: int, D: int) -> dict[str, Any]:
         return {**self.dense_step(name, B, self.args.context, H, G, D), "note": f"softmax over {self.args.context} tokens"}
@@ -83,7 +56,7 @@ class Bench(StepRows):
         seen = sum(visible_keys(context - 1, alpha, 0, NUM_SINKS) for alpha in layout.alphas) if impl == "triton" else context * G
         row: dict[str, Any] = {"name": "span.decode", "impl": impl, "B": B, "T": 1, "H": H, "G": G, "D": D, "context": context}
         row |= {"windows": list(layout.alphas), "num_sinks": NUM_SINKS} if impl == "triton" else {}
-        return row | {"floor_ms": self.floor_ms(B, H, seen, D)}
+        return row | {"floor_ms": self.span_floor_ms(B, H, seen, D)}
 
     def line(self, row: dict[str, Any]) -> str:
         return f"{row['impl']:8s} B={row['B']} H={row['H']} G={row['G']} D={row['D']} {took(row)} {row.get('note', '')}"

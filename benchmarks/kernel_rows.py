@@ -20,9 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_linear import FLUSH_BYTES, fa3_function, fa3_rival, forward_backward, measure, measure_ceilings, measure_steps, meta, relative_error, sdpa_rival
+from bench_linear import (
+    FLUSH_BYTES,
+    fa3_function,
+    fa3_rival,
+    forward_backward,
+    measure,
+    measure_ceilings,
+    measure_steps,
+    meta,
+    relative_error,
+    sdpa_rival,
+    wrong,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from attnconvert.kernels.span.decode import SpanLayout, SpanState, span_attention_step
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 STEP_RIVALS = ("flash", "cudnn", "fa3")
@@ -51,12 +65,13 @@ def arguments(description: str | None, rivals: Sequence[str], budget: float) -> 
     """The options that every benchmark has.
 
     Args:
-        rivals: those measured unless told otherwise.
+        rivals: those measured unless told otherwise; a benchmark without any has no such option.
         budget: in seconds, unless told otherwise.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--rivals", type=names, default=list(rivals), help=f"of {', '.join(rivals)}; empty = none")
+    if rivals:
+        parser.add_argument("--rivals", type=names, default=list(rivals), help=f"of {', '.join(rivals)}; empty = none")
     parser.add_argument("--budget", type=float, default=budget, help="seconds after which what is left gets a row without a figure")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     return parser
@@ -206,6 +221,37 @@ class StepRows(KernelRows):
     def copies(self, num_bytes: int) -> int:
         """Caches that together exceed the L2 cache, where a step reads `num_bytes` of one."""
         return 2 if self.args.rehearse else max(1, min(MAX_COPIES, -(-L2_BYTES // num_bytes)))
+
+    def span_floor_ms(self, B: int, H: int, keys: int, D: int) -> float:
+        """`keys`: those that a step reads, of all KV heads of a row."""
+        return B * (2 * keys + 2 * H) * D * self.dtype.itemsize / self.ceilings.copy * 1e3
+
+    def span_step(self, B: int, context: int, H: int, G: int, D: int, layout: SpanLayout, active: Tensor | None = None) -> dict[str, Any]:
+        """Our step of attention spans that makes a cache `context` tokens long, compared with the PyTorch step in fp32 before it is timed.
+
+        Args:
+            layout: of G heads, with room for the steps of all replays.
+            active: bool [B, 1, G], the KV heads that each row uses; None = all.
+        """
+
+        def state() -> SpanState:
+            length = torch.full((B,), context - 1, dtype=torch.int64, device=self.device)
+            return SpanState(self.normal(B, layout.num_slots, D), self.normal(B, layout.num_slots, D), length)
+
+        q, k, v = self.normal(B, 1, H, D), self.normal(B, 1, G, D), self.normal(B, 1, G, D)
+        step = partial(span_attention_step, q, k, v, layout=layout, scale=D**-0.5, active=active, impl=self.impl)
+        one = state()
+        exact = SpanState(one.k[:1].float(), one.v[:1].float(), one.length[:1].clone())
+        few = None if active is None else active[:1]
+        wanted = span_attention_step(*(x[:1].float() for x in (q, k, v)), state=exact, layout=layout, scale=D**-0.5, active=few, impl="reference")
+        del exact  # caches take all the memory there is
+        errors = {"output": relative_error(step(state=one)[:1], wanted)}
+        note = wrong(errors)
+        if note is not None:
+            return {"ms": None, "note": note, "errors": errors}
+        num_bytes = one.k.nbytes + one.v.nbytes
+        states = [one, *(state() for _ in range(self.copies(num_bytes) - 1))]
+        return {"ms": measure_steps([partial(step, state=s) for s in states], REPLAYS), "errors": errors, "copies": len(states), "cache_bytes": num_bytes}
 
     def dense_step(self, rival: str, B: int, context: int, H: int, G: int, D: int) -> dict[str, Any]:
         """One token over a full static cache of `context` tokens: `fa3`, or a backend of PyTorch's SDPA."""

@@ -97,7 +97,7 @@ class Measure:
 
     def write(self) -> None:
         """What is known so far, so that a run that is ended leaves its rows, and the rules they belong to."""
-        path = self.args.out / f"{family(self.args.variant)}-{self.args.label}-{self.args.variant}.json"
+        path = self.args.out / f"{family(self.args.variant)}-{self.args.label}-{self.args.variant.removeprefix('infllm-')}.json"
         path.with_suffix(".tmp").write_text(json.dumps(self.result, indent=1) + "\n")
         os.replace(path.with_suffix(".tmp"), path)
 
@@ -129,7 +129,8 @@ def run(args: argparse.Namespace) -> None:
     heads = {site.layer_idx: site.num_key_value_heads for site in prepared.sites}
     rules: dict[int, dict[int, list[Rule]]] | None = None
     if fixed:
-        sizes = {length: int(args.variant.removeprefix(WINDOW)) if args.variant.startswith(WINDOW) else round(share * length) for length in args.lengths}
+        window = int(args.variant.removeprefix(WINDOW)) if args.variant.startswith(WINDOW) else None
+        sizes = {length: round(share * length) if window is None else window for length in args.lengths}
         rules = {length: {idx: [Rule(sizes[length] - args.sinks, 0.0)] * G for idx, G in heads.items()} for length in args.lengths}
     elif args.variant == SOURCE:
         rules = {length: {idx: [DENSE] * G for idx, G in heads.items()} for length in args.lengths}

@@ -9,7 +9,10 @@ import pytest
 import torch
 import transformers
 
+from attnconvert import embedded
 from attnconvert.convert import save
+
+pytest.register_assert_rewrite("cached_layers")
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -54,6 +57,21 @@ def teacher(family):
 @pytest.fixture
 def tiny_llama():
     return make_model("llama")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Llama of 2 layers, 4 heads, 2 KV heads and 512 positions with the embedded tokenizer, on disk."""
+    folder = tmp_path_factory.mktemp("llama") / "tiny"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.model_dir())
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**COMMON, "vocab_size": len(tokenizer), "num_hidden_layers": 2, "max_position_embeddings": 512, "bos_token_id": 0})
+    model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.0 if parameter.dim() < 2 else 4.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture

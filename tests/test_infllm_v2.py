@@ -1,20 +1,24 @@
 """Block-sparse layers in whole models: blocks are those of the definition, cached text is uncached text in every way of running, and settings mean what they say."""
 
 import json
-import os
-import subprocess
-import sys
 
+import cached_layers
 import pytest
 import torch
 import transformers
+from cached_layers import GPU, NULL_FAMILIES, cached_error, full_layers, long_batch, uncached
 from conftest import FAMILIES, make_model
 from pydantic import ValidationError
-from test_seam import ROWS, SMALL, TOLERANCE, batch, convert, padded, step_logits, worst
+from test_seam import ROWS, SMALL, convert
 
 from attnconvert.convert.evaluate import cache_bytes
 from attnconvert.convert.plan import describe_settings
 from attnconvert.convert.save import check_parity
+from attnconvert.distill.config import FinetuneConfig, LoraConfig
+from attnconvert.distill.data import PackedRows
+from attnconvert.distill.finetune import run_finetune
+from attnconvert.distill.loop import RunContext
+from attnconvert.distill.lora import add_lora
 from attnconvert.errors import AttnConvertError
 from attnconvert.kernels.blocks import decode, reference
 from attnconvert.kernels.blocks.rule import BlockRule, visible_pairs
@@ -23,27 +27,21 @@ from attnconvert.surgery.method import softmax_cost
 from attnconvert.surgery.methods.infllm_v2 import METHOD, InfLLMV2Config, rule_of
 from attnconvert.surgery.plan import LayerPlan
 from attnconvert.surgery.runtime import blocks
-from attnconvert.surgery.runtime.graph import DecodeGraph, graph_refusal
 from attnconvert.surgery.runtime.modeling import converted_sites
 from attnconvert.surgery.sites import find_sites
 
 EXACT = METHOD.runtime_config(METHOD.exact)
-NULL_FAMILIES = [name for name in FAMILIES if name != "mistral"]  # every layer of it slides
 SETTINGS = {
     "compressed": InfLLMV2Config(block_size=32, window_size=32, topk=3, dense_len=0),
     "mean, dense below 100": InfLLMV2Config(block_size=32, init_blocks=0, window_size=0, topk=2, dense_len=100, scorer="mean"),
 }
 EVERY_SETTING = {**SETTINGS, "blocks of 64, dense below 180": InfLLMV2Config(block_size=64, window_size=0, topk=2, dense_len=180)}
-LENGTH = 200
-
-
-def full_layers(model):
-    return {site.layer_idx for site in find_sites(model.config) if not METHOD.check(METHOD.exact, site)}
+LENGTH = 200  # most blocks are left out
 
 
 def infllm(model, config, **options):
     settings = METHOD.runtime_config(config) if isinstance(config, InfLLMV2Config) else config
-    return convert(model, method="infllm_v2", config=settings, layers=full_layers(model), **options)
+    return convert(model, method="infllm_v2", config=settings, layers=full_layers(model, METHOD), **options)
 
 
 @pytest.fixture(params=list(EVERY_SETTING))
@@ -57,40 +55,18 @@ def student(settings):
     return infllm(make_model("llama"), settings).double()
 
 
-def long_batch(tokens=LENGTH, pads=9):
-    """Two rows, the second left-padded; long enough that most blocks are left out."""
-    ids = torch.randint(3, 60, (2, tokens), generator=torch.Generator().manual_seed(3))
-    mask = torch.ones_like(ids)
-    mask[1, :pads] = 0
-    return ids * mask, mask
-
-
-def uncached(model, ids, mask):
-    with torch.no_grad():
-        return model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), use_cache=False).logits
-
-
 # ---------------------------------------------------------------- what the settings mean
 
 
 @pytest.mark.parametrize("name", NULL_FAMILIES)
 def test_enough_blocks_for_all_equal_the_stock_model_at_every_step_and_in_its_text(name):
     teacher = make_model(name)
-    student = infllm(teacher, EXACT)
-    ids, mask = batch()
-    with torch.no_grad():
-        assert worst(uncached(student, ids, mask), uncached(teacher, ids, mask), mask) < TOLERANCE
-        cached = step_logits(teacher, ids, mask, prefill=[13])
-        for prefill in ([13], [4, 4, 5]):
-            assert worst(step_logits(student, ids, mask, prefill=prefill), cached, mask) < TOLERANCE
-    ids, mask = padded()
-    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "num_beams": 3}
-    assert torch.equal(student.generate(ids, **options), teacher.generate(ids, **options))
+    cached_layers.assert_equals_the_stock_model(infllm(teacher, EXACT), teacher)
 
 
 def test_settings_leave_out_blocks_and_dense_len_says_from_where_on(settings):
     teacher = make_model("llama").double()
-    ids, mask = long_batch(pads=0)
+    ids, mask = long_batch(LENGTH, pads=0)
     first = max(settings.dense_len - 1, rule_of(settings).num_blocks * settings.block_size)
     error = (uncached(infllm(teacher, settings), ids, mask) - uncached(teacher, ids, mask)).abs().amax((0, 2))
     assert first < LENGTH - 16
@@ -110,12 +86,12 @@ def test_names_of_minicpm_mean_what_they_mean_there():
 
 def test_packed_documents_and_padding_of_whole_blocks_are_seen_as_documents(settings):
     model = infllm(make_model("llama"), settings).double()
-    ids, _ = long_batch()
+    ids, _ = long_batch(LENGTH)
     sizes = (settings.block_size * 2, LENGTH - settings.block_size * 2)
     packed = torch.cat([torch.arange(size) for size in sizes])[None]
     alone = [model(part, use_cache=False).logits for part in ids[:1].split(sizes, 1)]
     assert (model(ids[:1], position_ids=packed, use_cache=False).logits - torch.cat(alone, 1)).abs().max() < 1e-10
-    ids, mask = long_batch(pads=64)
+    ids, mask = long_batch(LENGTH, pads=64)
     want = model(ids[1:, 64:], use_cache=False).logits
     assert (uncached(model, ids, mask)[1:, 64:] - want).abs().max() < 1e-10
 
@@ -133,12 +109,34 @@ def test_kernels_are_promised_aligned_documents_only_where_there_is_no_padding(m
     assert promised == [False] * 3 + [True] * 3 + [False] * 3
 
 
+@pytest.mark.parametrize(("first", "promise"), [(64, True), (96, False)])
+def test_finetuning_tells_the_kernels_where_packed_documents_begin(tmp_path, monkeypatch, first, promise):
+    """Training calls the model inside of the language model, which has seen no masks: without being told, every layer would look on the device."""
+    model = infllm(make_model("llama"), InfLLMV2Config(block_size=32, window_size=0, topk=2, dense_len=0))
+    position = torch.cat([torch.arange(first), torch.arange(128 - first)]).to(torch.int32).expand(2, -1).contiguous()
+    config = FinetuneConfig(tokens=256, length=128, batch_size=2, warmup_steps=0, lr=1e-3, lora=LoraConfig(rank=2))
+    adapted = add_lora(model, [path for _, path, _ in converted_sites(model)], config.lora, seed=0)
+    promised = []
+    real = blocks.block_sparse_attention
+
+    def spy(q, *args, aligned, **options):
+        if q.shape[1] == 128:  # before, short inputs find the model's head
+            promised.append(aligned)
+        return real(q, *args, **options)
+
+    monkeypatch.setattr(blocks, "block_sparse_attention", spy)
+    cores = {idx: module.core for idx, _, module in converted_sites(adapted)}
+    run_finetune(adapted, cores, PackedRows(torch.full_like(position, 5), position), config, RunContext(tmp_path))
+    assert promised == [promise] * len(cores)
+    assert {core.packed_alignment for core in cores.values()} == {1}
+
+
 def test_gradients_reach_queries_keys_and_values():
     model = infllm(make_model("llama"), SETTINGS["compressed"]).requires_grad_(False)
     attention = model.model.layers[1].self_attn
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         projection.weight.requires_grad_(True)
-    ids, mask = long_batch()
+    ids, mask = long_batch(LENGTH)
     model(ids, attention_mask=mask, use_cache=False).logits.square().mean().backward()
     assert all(p.weight.grad.abs().max() > 0 for p in (attention.q_proj, attention.k_proj, attention.v_proj))
 
@@ -148,66 +146,38 @@ def test_gradients_reach_queries_keys_and_values():
 
 @pytest.mark.parametrize("prefill", [[1], [140], [5, 6, 70, 69], [190, 10]], ids=str)
 def test_every_way_through_a_cache_equals_one_forward_pass(student, prefill):
-    ids, mask = long_batch()
-    with torch.no_grad():
-        got = step_logits(student, ids, mask, prefill=prefill, steps=LENGTH - sum(prefill))
-    assert worst(got, uncached(student, ids, mask), mask) < 1e-10
+    assert cached_error(student, *long_batch(LENGTH), prefill) < 1e-10
 
 
 def test_planted_forgotten_compressed_keys_are_seen(monkeypatch):
     model = infllm(make_model("llama"), SETTINGS["compressed"]).double()
-    ids, mask = long_batch()
     real = decode._put
     monkeypatch.setattr(decode, "_put", lambda buffer, place, x, where: real(buffer, place, x, where) if buffer.shape[2] > LENGTH else None)
-    with torch.no_grad():
-        assert worst(step_logits(model, ids, mask, prefill=[140], steps=60), uncached(model, ids, mask), mask) > 1e-3
+    assert cached_error(model, *long_batch(LENGTH), [140]) > 1e-3
 
 
 def test_padded_row_equals_the_row_alone(settings):
-    model = infllm(make_model("llama"), settings).double()
     rows = [(row * 20)[:n] for row, n in zip(ROWS, (150, 97, 3), strict=False)]
-    ids, mask = padded(rows)
-    together = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, ids.shape[1] :]
-    for row, want in zip(rows, together, strict=True):
-        alone = model.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long), max_new_tokens=12, do_sample=False)
-        assert torch.equal(alone[0, len(row) :], want)
+    cached_layers.assert_rows_are_as_alone(infllm(make_model("llama"), settings).double(), 12, rows)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prefill_chunk_size": 50}], ids=str)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_beams_and_chunks_write_what_they_write_without_a_cache(name, options):
-    model = infllm(make_model("llama"), SETTINGS[name]).double()
-    ids, mask = long_batch(tokens=110)
-    run = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, **options}
-    plain = {name: value for name, value in run.items() if name != "prefill_chunk_size"}
-    assert torch.equal(model.generate(ids, **run), model.generate(ids, use_cache=False, **plain))
+    cached_layers.assert_text_needs_no_cache(infllm(make_model("llama"), SETTINGS[name]).double(), *long_batch(tokens=110), 6, options)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_second_turn_goes_on_from_the_cache_of_the_first(name):
     model = infllm(make_model("llama"), SETTINGS[name]).double()
-    ids, mask = long_batch(tokens=110)
-    first = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    more = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(8))
-    whole = torch.cat([first.sequences, more], 1)
-    mask = torch.cat([mask, torch.ones(2, whole.shape[1] - mask.shape[1], dtype=torch.long)], 1)
-    want = model.generate(whole, attention_mask=mask, max_new_tokens=12, do_sample=False, use_cache=False)
-    cache = first.past_key_values
+    cache, whole, mask = cached_layers.first_turn(model, *long_batch(tokens=110), 4)
     assert [layer.capacity for layer in cache.layers] == [128] * 3
-    assert torch.equal(model.generate(whole, attention_mask=mask, max_new_tokens=12, do_sample=False, past_key_values=cache), want)
+    cached_layers.assert_goes_on(model, cache, whole, mask, 12)
     assert [layer.capacity for layer in cache.layers] == [256] * 3
 
 
 def test_rows_of_a_cache_can_be_repeated_and_chosen(student):
-    ids, mask = long_batch(tokens=160)
-    with torch.no_grad():
-        want = uncached(student, torch.cat([ids, ids[:, :1]], 1)[[1, 0, 1]], torch.cat([mask, mask[:, -1:]], 1)[[1, 0, 1]])[:, -1]
-        cache = student(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), use_cache=True).past_key_values
-        cache.batch_repeat_interleave(2)
-        cache.batch_select_indices(torch.tensor([2, 1, 3]))
-        position, seen = mask.sum(1, keepdim=True)[[1, 0, 1]], torch.ones(3, 161, dtype=torch.long)
-        got = student(ids[[1, 0, 1], :1], attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
-    assert (got - want).abs().max() < 1e-10
+    cached_layers.assert_rows_can_be_repeated_and_chosen(student, *long_batch(tokens=160), 1e-10)
 
 
 # ---------------------------------------------------------------- the cache's size
@@ -215,59 +185,30 @@ def test_rows_of_a_cache_can_be_repeated_and_chosen(student):
 
 def test_bytes_of_the_cache_are_those_of_the_plan(settings):
     model = infllm(make_model("llama"), settings)
-    ids, mask = long_batch(tokens=70)
     site = find_sites(FAMILIES["llama"]())[0]
-    for planned, length in ((None, 70), (230, 230)):
-        cache = model.build_cache(planned)
-        with torch.no_grad():
-            model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    for length, cache in cached_layers.filled_caches(model):
         assert cache_bytes(cache) == 3 * 2 * METHOD.cost(settings, site, length, 4).state_bytes
 
 
 def test_a_step_with_room_moves_nothing_and_one_without_is_given_it():
     model = infllm(make_model("llama"), SETTINGS["compressed"])
-    ids, _ = long_batch(tokens=120)
     cache = model.build_cache(126)
-    with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True)
-        before = [(layer.state, [t.data_ptr() for t in layer.state.values()]) for layer in cache.layers]
-        for _ in range(8):
-            model(ids[:, :1], past_key_values=cache, use_cache=True)
-        assert all(layer.state is state and [t.data_ptr() for t in state.values()] == found for layer, (state, found) in zip(cache.layers, before, strict=True))
-        model(ids[:, :1], past_key_values=cache, use_cache=True)
+    cached_layers.assert_steps_with_room_move_nothing(model, cache, long_batch(tokens=120)[0], 8)
     assert [layer.capacity for layer in cache.layers] == [256] * 3
 
 
 def test_a_graph_needs_a_planned_length_and_stops_where_the_room_ends(monkeypatch):
     model = infllm(make_model("llama"), SETTINGS["compressed"])
-    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    assert "not told how many tokens" in graph_refusal(model, model.build_cache())
-    cache = model.build_cache(120)
-    assert graph_refusal(model, cache) is None
-    captured = []
-    monkeypatch.setattr(DecodeGraph, "_capture", lambda self, inputs, values: captured.append(cache.get_seq_length()) or self.model(**inputs))
-    run = DecodeGraph(model)
-    with torch.no_grad():
-        cache = run(input_ids=long_batch(tokens=124)[0][:1], past_key_values=cache, use_cache=True).past_key_values
-        for _ in range(7):
-            run(input_ids=torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+    run, cache, captured = cached_layers.watched_graph(model, 120, monkeypatch)
+    cached_layers.feed(run, cache, long_batch(tokens=124)[0][:1], *[torch.tensor([[7]])] * 7)
     # one warm step, steps that would be replays up to token 128, a plain one that makes room, and so on
     assert captured == [125, 126, 127, 129, 130]
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", [pytest.param(None, marks=gpu)], ids=["cuda"])
+@pytest.mark.parametrize("case", [pytest.param(None, marks=GPU)], ids=["cuda"])
 def test_generate_replays_a_graph_and_writes_the_same_text(case, dtype, monkeypatch):
-    student = infllm(make_model("llama"), SETTINGS["compressed"]).to("cuda", dtype)
-    runs = []
-    monkeypatch.setattr(type(student), "get_compiled_call", lambda self, config: runs.append(DecodeGraph(self)) or runs[-1])
-    ids, mask = (x.cuda() for x in long_batch(tokens=150))
-    want = student.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, disable_compile=True)
-    assert torch.equal(student.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False), want)
-    assert [run.num_replays for run in runs] == [38]  # 39 steps after the prefill, the first of them plain
+    cached_layers.assert_replays_write_the_same_text(infllm(make_model("llama"), SETTINGS["compressed"]).to("cuda", dtype), 150, monkeypatch)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -304,24 +245,8 @@ def test_a_choice_that_differs_in_decoding_fails_the_parity_check(monkeypatch):
 
 
 def test_a_checkpoint_writes_the_same_text_in_a_process_without_attnconvert(tmp_path):
-    settings = SETTINGS["compressed"]
-    student = infllm(make_model("llama"), settings)
-    student.save_pretrained(tmp_path / "model")
-    ids, mask = long_batch(tokens=140)
-    want = student.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False).tolist()
-    code = (
-        "import sys, json; sys.path[:], folder, ids, mask = json.loads(sys.argv[1]); sys.modules['attnconvert'] = None\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "m = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()\n"
-        "print(json.dumps(m.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=8, do_sample=False).tolist()))\n"
-    )
-    arguments = json.dumps([[p for p in sys.path if p], str(tmp_path / "model"), ids.tolist(), mask.tolist()])
-    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run([sys.executable, "-I", "-c", code, arguments], capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == want
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["attn_plan"]["layers"][0]["config"] == METHOD.runtime_config(settings)
+    plan = cached_layers.assert_checkpoint_needs_no_attnconvert(infllm(make_model("llama"), SETTINGS["compressed"]), tmp_path, *long_batch(tokens=140))
+    assert plan["layers"][0]["config"] == METHOD.runtime_config(SETTINGS["compressed"])
 
 
 # ---------------------------------------------------------------- settings
@@ -387,11 +312,7 @@ def test_a_sparse_config_that_our_operator_does_not_do_is_refused(tmp_path, cont
 
 
 def test_layers_that_cannot_choose_blocks_say_why():
-    gemma = find_sites(FAMILIES["gemma3_text"]())
-    assert "already a sliding window of 8" in METHOD.check(METHOD.exact, gemma[0])[0]
-    assert METHOD.check(METHOD.exact, gemma[1]) == []
-    capped = find_sites(transformers.Gemma2Config(**SMALL, head_dim=8))
-    assert any("capped logits" in problem for problem in METHOD.check(METHOD.exact, capped[1]))
+    cached_layers.assert_sliding_and_capped_layers_are_refused(METHOD)
     wide = find_sites(transformers.LlamaConfig(**{**SMALL, "hidden_size": 136, "num_attention_heads": 17, "num_key_value_heads": 1}))
     assert "17 query heads share a KV head" in METHOD.check(METHOD.exact, wide[0])[0]
     assert registry.get("infllm_v2") is METHOD

@@ -2,17 +2,15 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import types
 
+import cached_layers
 import pytest
 import torch
-import transformers
+from cached_layers import GPU, NULL_FAMILIES, cached_error, full_layers, long_batch, uncached
 from conftest import FAMILIES, make_model
 from pydantic import ValidationError
-from test_seam import ROWS, SMALL, TOLERANCE, batch, convert, padded, step_logits, worst
+from test_seam import convert, padded
 
 from attnconvert.convert.evaluate import cache_bytes
 from attnconvert.distill.config import FinetuneConfig, LoraConfig
@@ -24,13 +22,12 @@ from attnconvert.kernels.heads.units import annealed, unit_counts
 from attnconvert.surgery import registry
 from attnconvert.surgery.method import softmax_cost
 from attnconvert.surgery.methods.moh import METHOD, MohConfig
-from attnconvert.surgery.runtime.graph import DecodeGraph, graph_refusal
 from attnconvert.surgery.runtime.heads import MixtureOfHeads
 from attnconvert.surgery.runtime.modeling import converted_sites, teacher_mode
 from attnconvert.surgery.sites import find_sites
 from attnconvert.surgery.swap import restore_softmax
 
-NULL_FAMILIES = [name for name in FAMILIES if name != "mistral"]  # every layer of it slides
+LENGTH = 60
 SETTINGS = {
     "KV heads, soft": MohConfig(active=0.5, shared=0, gates="soft"),
     "query heads": MohConfig(unit="query_head", shared=0.25),
@@ -39,12 +36,8 @@ SETTINGS = {
 }
 
 
-def full_layers(model):
-    return {site.layer_idx for site in find_sites(model.config) if not METHOD.check(METHOD.exact, site)}
-
-
 def moh(model, config, **options):
-    student = convert(model, method="moh", config=METHOD.runtime_config(config), layers=full_layers(model), **options)
+    student = convert(model, method="moh", config=METHOD.runtime_config(config), layers=full_layers(model, METHOD), **options)
     g = torch.Generator().manual_seed(7)
     for core in cores(student):
         for parameter in core.parameters():  # scores that differ, as after training
@@ -67,19 +60,6 @@ def student(settings):
     return moh(make_model("llama"), settings).double()
 
 
-def long_batch(tokens=60, pads=9):
-    """Two rows, the second left-padded."""
-    ids = torch.randint(3, 60, (2, tokens), generator=torch.Generator().manual_seed(3))
-    mask = torch.ones_like(ids)
-    mask[1, :pads] = 0
-    return ids * mask, mask
-
-
-def uncached(model, ids, mask):
-    with torch.no_grad():
-        return model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), use_cache=False).logits
-
-
 def routes(model, ids, **options):
     """What each layer's router chose in one forward pass: (active, gate) by layer."""
     found = []
@@ -100,26 +80,17 @@ def routes(model, ids, **options):
 @pytest.mark.parametrize("name", NULL_FAMILIES)
 def test_all_units_equal_the_stock_model_at_every_step_and_in_its_text(name, router):
     teacher = make_model(name)
-    student = moh(teacher, METHOD.exact.model_copy(update={"router": router}))
-    ids, mask = batch()
-    with torch.no_grad():
-        assert worst(uncached(student, ids, mask), uncached(teacher, ids, mask), mask) < TOLERANCE
-        cached = step_logits(teacher, ids, mask, prefill=[13])
-        for prefill in ([13], [4, 4, 5]):
-            assert worst(step_logits(student, ids, mask, prefill=prefill), cached, mask) < TOLERANCE
-    ids, mask = padded()
-    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "num_beams": 3}
-    assert torch.equal(student.generate(ids, **options), teacher.generate(ids, **options))
+    cached_layers.assert_equals_the_stock_model(moh(teacher, METHOD.exact.model_copy(update={"router": router})), teacher)
 
 
 def test_settings_leave_heads_out(settings):
     teacher = make_model("llama").double()
-    ids, mask = long_batch(pads=0)
+    ids, mask = long_batch(LENGTH, pads=0)
     student = moh(teacher, settings).double()
     assert (uncached(student, ids, mask) - uncached(teacher, ids, mask)).abs().amax((0, 2)).min() > 1e-4
     with teacher_mode(student):
         assert (uncached(student, ids, mask) - uncached(teacher, ids, mask)).abs().max() < 1e-10
-    restore_softmax(student, full_layers(teacher), "test")
+    restore_softmax(student, full_layers(teacher, METHOD), "test")
     assert (uncached(student, ids, mask) - uncached(teacher, ids, mask)).abs().max() < 1e-10
 
 
@@ -277,7 +248,7 @@ def test_the_gradient_of_hard_gates_is_that_of_the_soft_scores_at_factors_of_1(r
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_model_learns_through_its_router_and_its_heads(name):
     model = moh(make_model("llama"), SETTINGS[name])
-    ids, mask = long_batch()
+    ids, mask = long_batch(LENGTH)
     model(ids, attention_mask=mask, use_cache=False).logits.square().mean().backward()
     attention = model.model.layers[1].self_attn
     assert all(p.weight.grad.abs().max() > 0 for p in (attention.q_proj, attention.k_proj, attention.v_proj))
@@ -319,7 +290,7 @@ def test_usage_counts_real_tokens():
     model = moh(make_model("llama"), SETTINGS["query heads"])
     for core in cores(model):
         core.usage = torch.zeros(5, dtype=torch.int64)
-    ids, mask = long_batch()
+    ids, mask = long_batch(LENGTH)
     chosen = routes(model, ids, attention_mask=mask)
     for core, (active, _) in zip(cores(model), chosen, strict=True):
         assert core.usage.tolist() == [*(active & mask.bool()[..., None]).sum((0, 1)).tolist(), 111]
@@ -397,25 +368,20 @@ def test_units_are_left_out_step_by_step(tmp_path):
 
 @pytest.mark.parametrize("prefill", [[1], [40], [5, 6, 30, 9]], ids=str)
 def test_every_way_through_a_cache_equals_one_forward_pass(student, prefill):
-    ids, mask = long_batch()
-    with torch.no_grad():
-        got = step_logits(student, ids, mask, prefill=prefill, steps=60 - sum(prefill))
-    assert worst(got, uncached(student, ids, mask), mask) < 1e-10
+    assert cached_error(student, *long_batch(LENGTH), prefill) < 1e-10
 
 
 def test_planted_routing_that_forgets_its_choice_in_a_step_is_seen(monkeypatch):
     from attnconvert.surgery.runtime import heads
 
     model = moh(make_model("llama"), SETTINGS["query heads"]).double()
-    ids, mask = long_batch()
     real = heads.span_attention_step
     monkeypatch.setattr(heads, "span_attention_step", lambda *args, active, **options: real(*args, active=active.roll(1, -1), **options))
-    with torch.no_grad():
-        assert worst(step_logits(model, ids, mask, prefill=[40], steps=20), uncached(model, ids, mask), mask) > 1e-3
+    assert cached_error(model, *long_batch(LENGTH), [40]) > 1e-3
 
 
 def test_outputs_do_not_depend_on_the_batch_or_its_order(student):
-    ids, _ = long_batch(pads=0)
+    ids, _ = long_batch(LENGTH, pads=0)
     more = torch.randint(3, 60, (3, 60), generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         alone = torch.cat([student(row[None], use_cache=False).logits for row in ids])
@@ -424,7 +390,7 @@ def test_outputs_do_not_depend_on_the_batch_or_its_order(student):
 
 
 def test_later_tokens_do_not_change_earlier_ones(student):
-    ids, _ = long_batch(pads=0)
+    ids, _ = long_batch(LENGTH, pads=0)
     other = ids.clone()
     other[:, 40:] = 7
     with torch.no_grad():
@@ -434,7 +400,7 @@ def test_later_tokens_do_not_change_earlier_ones(student):
 
 
 def test_packed_documents_are_seen_as_documents(student):
-    ids, _ = long_batch(pads=0)
+    ids, _ = long_batch(LENGTH, pads=0)
     packed = torch.cat([torch.arange(25), torch.arange(35)])[None]
     with torch.no_grad():
         alone = [student(part, use_cache=False).logits for part in ids[:1].split((25, 35), 1)]
@@ -442,39 +408,22 @@ def test_packed_documents_are_seen_as_documents(student):
 
 
 def test_padded_row_equals_the_row_alone(student):
-    ids, mask = padded()
-    together = student.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, ids.shape[1] :]
-    for row, want in zip(ROWS, together, strict=True):
-        alone = student.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long), max_new_tokens=12, do_sample=False)
-        assert torch.equal(alone[0, len(row) :], want)
+    cached_layers.assert_rows_are_as_alone(student, 12)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prefill_chunk_size": 20}], ids=str)
 def test_beams_and_chunks_write_what_they_write_without_a_cache(student, options):
-    ids, mask = long_batch(tokens=50)
-    run = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, **options}
-    plain = {name: value for name, value in run.items() if name != "prefill_chunk_size"}
-    assert torch.equal(student.generate(ids, **run), student.generate(ids, use_cache=False, **plain))
+    cached_layers.assert_text_needs_no_cache(student, *long_batch(tokens=50), 6, options)
 
 
 def test_a_second_turn_goes_on_from_the_cache_of_the_first(student):
-    ids, mask = long_batch(tokens=50)
-    first = student.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    more = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(8))
-    whole = torch.cat([first.sequences, more], 1)
-    mask = torch.cat([mask, torch.ones(2, whole.shape[1] - mask.shape[1], dtype=torch.long)], 1)
-    want = student.generate(whole, attention_mask=mask, max_new_tokens=12, do_sample=False, use_cache=False)
-    assert torch.equal(student.generate(whole, attention_mask=mask, max_new_tokens=12, do_sample=False, past_key_values=first.past_key_values), want)
+    cached_layers.assert_goes_on(student, *cached_layers.first_turn(student, *long_batch(tokens=50), 4), 12)
 
 
 def test_the_cache_has_every_key_and_its_bytes_are_those_of_the_plan(settings):
     model = moh(make_model("llama"), settings)
-    ids, mask = long_batch(tokens=70)
     site = find_sites(FAMILIES["llama"]())[0]
-    for planned, length in ((None, 70), (230, 230)):
-        cache = model.build_cache(planned)
-        with torch.no_grad():
-            model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    for length, cache in cached_layers.filled_caches(model):
         keys = sum(tensor.nbytes for layer in cache.layers for name, tensor in layer.state.items() if name in "kv")
         assert keys == 3 * 2 * METHOD.cost(settings, site, length, 4).state_bytes == 3 * 2 * 2 * 2 * -(-length // 64) * 64 * 8 * 4
         assert cache_bytes(cache) < keys * 1.01
@@ -482,35 +431,18 @@ def test_the_cache_has_every_key_and_its_bytes_are_those_of_the_plan(settings):
 
 def test_a_graph_needs_a_planned_length_and_stops_where_the_room_ends(monkeypatch):
     model = moh(make_model("llama"), SETTINGS["query heads"])
-    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    assert "not told how many tokens" in graph_refusal(model, model.build_cache())
-    cache = model.build_cache(12)
-    assert graph_refusal(model, cache) is None
-    captured = []
-    monkeypatch.setattr(DecodeGraph, "_capture", lambda self, inputs, values: captured.append(cache.get_seq_length()) or self.model(**inputs))
-    run = DecodeGraph(model)
-    with torch.no_grad():
-        cache = run(input_ids=torch.tensor([[5, 9, 3]]), past_key_values=cache, use_cache=True).past_key_values
-        states = [layer.state for layer in cache.layers]
-        for _ in range(9):
-            run(input_ids=torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+    run, cache, captured = cached_layers.watched_graph(model, 12, monkeypatch)
+    cached_layers.feed(run, cache, torch.tensor([[5, 9, 3]]))
+    states = [layer.state for layer in cache.layers]
+    cached_layers.feed(run, cache, *[torch.tensor([[7]])] * 9)
     assert captured == [4, 5, 6, 7, 8, 9, 10, 11]
     assert all(layer.state is state for layer, state in zip(cache.layers, states, strict=True))
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=gpu) for name in SETTINGS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=GPU) for name in SETTINGS])
 def test_generate_replays_a_graph_and_writes_the_same_text(name, dtype, monkeypatch):
-    student = moh(make_model("llama"), SETTINGS[name]).to("cuda", dtype)
-    runs = []
-    monkeypatch.setattr(type(student), "get_compiled_call", lambda self, config: runs.append(DecodeGraph(self)) or runs[-1])
-    ids, mask = (x.cuda() for x in long_batch(tokens=70))
-    want = student.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, disable_compile=True)
-    assert torch.equal(student.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False), want)
-    assert [run.num_replays for run in runs] == [38]  # 39 steps after the prefill, the first of them plain
+    cached_layers.assert_replays_write_the_same_text(moh(make_model("llama"), SETTINGS[name]).to("cuda", dtype), 70, monkeypatch)
 
 
 # ---------------------------------------------------------------- copies and checkpoints
@@ -519,7 +451,7 @@ def test_generate_replays_a_graph_and_writes_the_same_text(name, dtype, monkeypa
 def test_a_copy_of_a_model_routes_by_what_it_sees_itself():
     for family, settings in (("qwen3", SETTINGS["query heads"]), ("llama", SETTINGS["learned"])):
         model = moh(make_model(family), settings).double()
-        ids, mask = long_batch()
+        ids, mask = long_batch(LENGTH)
         want = uncached(model, ids, mask)
         other = copy.deepcopy(model)
         for core in cores(model):
@@ -529,22 +461,7 @@ def test_a_copy_of_a_model_routes_by_what_it_sees_itself():
 
 @pytest.mark.parametrize(("family", "name"), [("qwen3", "query heads"), ("llama", "learned, soft")])
 def test_a_checkpoint_writes_the_same_text_in_a_process_without_attnconvert(tmp_path, family, name):
-    student = moh(make_model(family), SETTINGS[name])
-    student.save_pretrained(tmp_path / "model")
-    ids, mask = padded()
-    want = student.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False).tolist()
-    code = (
-        "import sys, json; sys.path[:], folder, ids, mask = json.loads(sys.argv[1]); sys.modules['attnconvert'] = None\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "m = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()\n"
-        "print(json.dumps(m.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=8, do_sample=False).tolist()))\n"
-    )
-    arguments = json.dumps([[p for p in sys.path if p], str(tmp_path / "model"), ids.tolist(), mask.tolist()])
-    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run([sys.executable, "-I", "-c", code, arguments], capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == want
+    cached_layers.assert_checkpoint_needs_no_attnconvert(moh(make_model(family), SETTINGS[name]), tmp_path, *padded())
 
 
 # ---------------------------------------------------------------- settings
@@ -574,16 +491,13 @@ def test_settings_survive_being_written_and_read():
 
 
 def test_layers_that_cannot_be_routed_say_why():
+    cached_layers.assert_sliding_and_capped_layers_are_refused(METHOD)
     gemma = find_sites(FAMILIES["gemma3_text"]())
-    assert "already a sliding window of 8" in METHOD.check(METHOD.exact, gemma[0])[0]
-    assert METHOD.check(METHOD.exact, gemma[1]) == []
     [two] = METHOD.check(MohConfig(), gemma[1])
     assert two == "0.75 of 2 KV heads is all of them, so there is nothing to leave out; set active to 0.5 or less; unit query_head has more to choose from"
     assert METHOD.check(MohConfig(unit="query_head"), gemma[1]) == []
     assert "leave a router nothing to choose; 2 shared_units at most" in METHOD.check(MohConfig(unit="query_head", shared_units=(0, 1, 2)), gemma[1])[0]
     assert "beyond the layer's 4 query heads" in METHOD.check(MohConfig(unit="query_head", shared_units=(4,)), gemma[1])[0]
-    capped = find_sites(transformers.Gemma2Config(**SMALL, head_dim=8))
-    assert any("capped logits" in problem for problem in METHOD.check(METHOD.exact, capped[1]))
     assert registry.get("moh") is METHOD
 
 

@@ -75,6 +75,23 @@ def error_of(call: Callable[[], Any]) -> AttnConvertError:
     return caught.value
 
 
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The plan's rows in the config of a saved model."""
+    rows: list[dict[str, Any]] = json.loads((folder / "config.json").read_text())["attn_plan"]["layers"]
+    return rows
+
+
+def assert_adapters_merge_into_a_whole_run(ready: Prepared, folder: Path) -> dict[str, torch.Tensor]:
+    """A run that saves adapters alone, merged, has the weights and the plan of a run that saves the whole model; these weights."""
+    for name, adapters_only in (("whole", False), ("adapters", True)):
+        run(ready, RunOptions(folder / name, device="cpu", adapters_only=adapters_only, skip_evaluation=True), Log())
+    merge(folder / "adapters", folder / "merged")
+    whole, merged = (load_file(folder / name / "model.safetensors") for name in ("whole", "merged"))
+    assert all(torch.equal(whole[name], merged[name]) for name in whole)
+    assert rows_of(folder / "whole") == rows_of(folder / "merged")
+    return merged
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Log, pipeline.ConversionResult]:
     """One run with nothing skipped."""

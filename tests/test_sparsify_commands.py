@@ -10,15 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from conftest import COMMON
 from safetensors.torch import load_file
-from test_pipeline import Log, error_of
+from test_pipeline import Log, assert_adapters_merge_into_a_whole_run, error_of, rows_of
 
 from attnconvert import cli, embedded
 from attnconvert.convert import pipeline
 from attnconvert.convert.load import load_model
-from attnconvert.convert.merge import merge
 from attnconvert.convert.pipeline import Prepared, RunOptions, load_converted, prepare, run
 from attnconvert.convert.plan import describe_settings, evaluation_window
 from attnconvert.convert.report import describe_rules, span_rules, spans_text
@@ -49,28 +46,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Llama of 2 layers, 4 heads, 2 KV heads and 512 positions with the embedded tokenizer, on disk."""
-    folder = tmp_path_factory.mktemp("llama") / "tiny"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.model_dir())
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**{**COMMON, "vocab_size": len(tokenizer), "num_hidden_layers": 2, "max_position_embeddings": 512, "bos_token_id": 0})
-    model = transformers.LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data.mul_(1.0 if parameter.dim() < 2 else 4.0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def prepared(model: str, recipe: str, *more: str) -> Prepared:
     return prepare(model, recipe, overrides=[*BUDGET, *more], family="sparsify")
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((folder / "config.json").read_text())["attn_plan"]["layers"]
-    return rows
 
 
 @pytest.fixture(scope="module")
@@ -397,12 +374,7 @@ def test_a_window_that_is_one_key_short_after_the_prefill_fails_the_parity_check
 @pytest.mark.usefixtures("quick")
 def test_adapters_of_a_model_with_spans_merge_into_what_a_whole_run_saves(llama: str, tmp_path: Path) -> None:
     ready = prepared(llama, "moa", *RULES, "stages.finetune.tokens=512", "stages.finetune.batch_size=1", "stages.finetune.lora.rank=2")
-    for name, adapters_only in (("whole", False), ("adapters", True)):
-        run(ready, RunOptions(tmp_path / name, device="cpu", adapters_only=adapters_only, skip_evaluation=True), Log())
-    merge(tmp_path / "adapters", tmp_path / "merged")
-    whole, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "merged"))
-    assert all(torch.equal(whole[name], merged[name]) for name in whole)
-    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "merged")
+    merged = assert_adapters_merge_into_a_whole_run(ready, tmp_path)
     core: Any = load_converted(tmp_path / "merged").model.layers[0].self_attn.core
     assert core.alphas == (16, 0)
     stock = load_file(Path(llama) / "model.safetensors")

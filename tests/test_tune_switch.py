@@ -145,8 +145,9 @@ def test_mistakes_are_named_before_anything_is_measured(
     assert f"error[{code}]" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_device_that_is_not_there_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert cli.main(["tune-switch", str(folder), "--device", "cuda"]) == 1
     assert "error[no-gpu]" in capsys.readouterr().err
 

@@ -70,7 +70,8 @@ def measure_importance(
             by_unit = (weight.t() if isinstance(projection, torch.nn.Linear) else weight).unflatten(0, (units[idx], -1)).float()
             heads = args[0].flatten(0, -2).unflatten(1, (units[idx], -1)).float()
             norms = [(heads[:, unit] @ by_unit[unit]).norm(dim=-1).sum(dtype=torch.float64) for unit in range(units[idx])]
-            sums[idx] = sums.get(idx, torch.zeros(())) + torch.stack(norms).cpu()
+            found = torch.stack(norms)
+            sums[idx] = sums[idx] + found if idx in sums else found
 
         return hook
 

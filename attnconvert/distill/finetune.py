@@ -45,9 +45,11 @@ class AlignedLayer(Protocol):
     """A converted layer that is faster where packed documents are aligned.
 
     Attributes:
+        alignment: of what number it wants the starts to be multiples; 1 = of none.
         packed_alignment: the starts of all documents in packed rows are known to be multiples of this.
     """
 
+    alignment: int
     packed_alignment: int
 
 
@@ -196,9 +198,10 @@ def _as_teacher(model: peft.PeftModel, cores: Mapping[int, ConvertedLayer]) -> I
 @contextmanager
 def _told_alignment(cores: Mapping[int, ConvertedLayer], rows: PackedRows | MixedRows) -> Iterator[None]:
     """Inside, layers whose kernels take packed documents that begin at certain multiples know of which ones these do; else each would look on the device, and wait."""
-    layers = [core for core in cores.values() if isinstance(core, AlignedLayer)]
+    layers = [core for core in cores.values() if isinstance(core, AlignedLayer) and core.alignment > 1]
+    alignment = rows.alignment if layers else 1
     for core in layers:
-        core.packed_alignment = rows.alignment
+        core.packed_alignment = alignment
     try:
         yield
     finally:

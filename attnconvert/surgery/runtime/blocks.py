@@ -26,7 +26,6 @@ class BlockSparseAttention(AttentionCore):
         scorer: `compressed` or `mean`.
 
     Attributes:
-        packed_alignment: set while training on packed rows, all documents of which are known to begin at multiples of it.
         rule: the same as the kernels count. May be replaced; a cache that exists already needs the block size and scorer that it was begun with.
     """
 
@@ -38,15 +37,19 @@ class BlockSparseAttention(AttentionCore):
         scorer: Scorer,
     ):  # fmt: skip
         super().__init__()
-        self.packed_alignment = 1
         self.rule = block_rule(block_size, init_blocks, window_size, topk, dense_len, scorer)
+
+    @property
+    def alignment(self) -> int:  # type: ignore[override]
+        """See `AttentionCore`."""
+        return self.rule.alignment
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> Tensor:
         assert inputs.sliding_window is None, "refused when the plan is made"
         layer, rule, scale, start = inputs.layer, self.rule, inputs.scaling, inputs.start
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if layer is None or not layer.state:
-            aligned = rule.alignment in inputs.aligned_to or self.packed_alignment % rule.alignment == 0
+            aligned = self.alignment in inputs.aligned_to or self.packed_alignment % self.alignment == 0
             out = block_sparse_attention(q, k, v, rule=rule, scale=scale, start=start, aligned=aligned)
             if layer is not None:
                 layer.capacity = capacity_for(max(layer.num_tokens, layer.planned_length or 0))

@@ -166,11 +166,13 @@ class AttnConvertMixin:
             start = document_starts(mask, position_ids, batch_size, num_tokens, has_past=past is not None)
             aligned_to: tuple[int, ...] = ()
             if start is not None and num_tokens > 1:  # one device sync per forward pass
-                windows, blocks = _tile_sizes(config.attn_plan)
+                windows = {row["config"].get("window", {}).get("size", 0) for row in config.attn_plan["layers"]} - {0}
+                blocks = {module.core.alignment for _, _, module in converted_sites(self)} - {1}  # type: ignore[arg-type]
                 sizes = sorted(windows | blocks)
                 padded = (start[:, 0] > 0).any()
                 some, padded, *aligned = torch.stack([(start > 0).any(), padded, *((start % size == 0).all() for size in sizes)]).tolist()
                 start = start if some or self.static_starts else None  # None: no padding, no packing
+                # kernels of windows skip padding at the start of a row, those that want documents aligned have no place for it
                 aligned_to = tuple(size for size, holds in zip(sizes, aligned, strict=True) if holds and not (padded and size in blocks))
             kwargs[STARTS_KWARG] = Starts(start, aligned_to)
         return kwargs
@@ -220,15 +222,6 @@ class AttnConvertMixin:
 
     generate_batch = init_continuous_batching
     continuous_batching_context_manager = init_continuous_batching
-
-
-def _tile_sizes(plan: dict[str, Any]) -> tuple[set[int], set[int]]:
-    """Window sizes of a plan, and where documents may begin for its blocks, in tokens. Kernels of windows skip padding at the start of a row, those of blocks have no place for it."""
-    settings = [row["config"] for row in plan["layers"]]
-    blocks = {
-        max(config["block_size"], 64 if config["scorer"] == "compressed" else 0) for config in settings if "block_size" in config
-    }  # `BlockRule.alignment`
-    return {config.get("window", {}).get("size", 0) for config in settings} - {0}, blocks
 
 
 def _check_mask(mask: Tensor, *, cached: bool) -> None:

@@ -152,12 +152,15 @@ class AttentionCore(nn.Module):
         static_decode: a decode step changes the tensors of its cache layer in place, allocates none for it and never waits for the
             device, so it can be captured in a CUDA graph.
         needs_planned_length: `static_decode` holds only for a cache that was told its length.
+        alignment: the kernels take packed documents as they are where all begin at multiples of this; 1 = anywhere.
+        packed_alignment: set while training on packed rows, all documents of which are known to begin at multiples of it.
         changes_projections: `fit` changes what the attention module's projections compute, so that the layer is no longer the teacher's.
     """
 
     static_decode = False
     needs_planned_length = False
     changes_projections = False
+    alignment = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,6 +168,7 @@ class AttentionCore(nn.Module):
         self.tap: Callable[[AttentionCore, Tensor, Tensor, Tensor, SeamInputs, Tensor], None] | None = None
         self.compile_kernel = False
         self.needs_calibration = False
+        self.packed_alignment = 1
 
     def fit(self, module: nn.Module) -> None:
         """Change the attention module that the core will be the child of, or get to know it, when a model is built or converted. Default: nothing to do."""
