@@ -275,10 +275,10 @@ def attend_blocks(rows: int, heads: int, D: int, S: int, narrow: bool, arch: int
     elif arch // 10 in (9, 10):
         many = DP == 128 and heads >= 8  # a tile of few tokens; measured
         forward = (128 if DP <= 64 else 64, {"num_warps": warps, "num_stages": 2 if DP > 128 or many else 3})
-        query = (64, {"num_warps": warps, "num_stages": 3 if many else 2})
+        query = (64, {"num_warps": warps, "num_stages": 3 if many and rows >= 128 else 2})
         key = (64 if DP <= 128 else 32, 64, {"num_warps": 4 if DP <= 128 else 8, "num_stages": 2})
     else:
-        forward = (64 if DP <= 64 else 32, {"num_warps": warps, "num_stages": 2})
+        forward = (64 if DP <= 64 and rows >= 128 else 32, {"num_warps": warps, "num_stages": 2})
         query = (32, {"num_warps": warps, "num_stages": 2 if DP <= 64 else 1})
         key = (32 if DP <= 128 else 16, 64, {"num_warps": 4 if DP <= 64 else 8, "num_stages": 2 if DP <= 128 else 1})
     return {
