@@ -96,6 +96,8 @@ def test_the_switch_is_where_sparse_attention_wins_from_there_on(
     out = " ".join(out.split())  # a long path moves the line breaks
     assert ("Written to" in out) == (found is not None)
     assert (f"dense_len 200 -> {found}" if found else "is slower at 256 tokens, the longest length measured; dense_len stays 200") in out
+    assert ("In prefill alone it is not slower from 96 tokens on, which `--for prefill` sets." in out) == (found is None)
+    assert "In decode alone" not in out
 
 
 def test_what_is_written_names_its_device_and_loads(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

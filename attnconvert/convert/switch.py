@@ -254,13 +254,18 @@ def _lengths(rule: BlockRule, asked: Sequence[int] | None, limit: int) -> list[i
     return [length for length in sorted(set(usual if asked is None else asked)) if not rule.sees_all(length) and (asked is not None or length <= limit)]
 
 
-def _concluded(kind: SwitchKind, points: Sequence[SwitchPoint], goal: Goal, dtype: torch.dtype, device: torch.device) -> SwitchKind:
-    """The kind with its measurements and the shortest length from which on sparse attention wins at all lengths."""
+def _shortest(points: Sequence[SwitchPoint], goal: Goal) -> int | None:
+    """The shortest length from which on sparse attention wins at all lengths; None = it loses at the longest."""
     best = None
     for point in reversed(points):
         if not point.wins(goal):
             break
         best = point.length
+    return best
+
+
+def _concluded(kind: SwitchKind, points: Sequence[SwitchPoint], goal: Goal, dtype: torch.dtype, device: torch.device) -> SwitchKind:
+    """The kind with its measurements, and what follows from them."""
     why = None
     if device.type != "cuda":
         why = f"the device is {device.type}"
@@ -270,7 +275,7 @@ def _concluded(kind: SwitchKind, points: Sequence[SwitchPoint], goal: Goal, dtyp
         q = torch.empty(1, 16, kind.num_heads, kind.head_dim, device=device, dtype=dtype)
         why = refusal(q, q[:, :, : kind.num_key_value_heads], kind.rule)
     runs = "Triton kernels" if why is None else f"PyTorch, for {why}"
-    return SwitchKind(kind.layers, kind.num_heads, kind.num_key_value_heads, kind.head_dim, kind.rule, kind.before, tuple(points), runs, best)
+    return SwitchKind(kind.layers, kind.num_heads, kind.num_key_value_heads, kind.head_dim, kind.rule, kind.before, tuple(points), runs, _shortest(points, goal))
 
 
 def drifting(num_rows: int, length: int, num_heads: int, head_dim: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -364,7 +369,13 @@ def _outcome(kind: SwitchKind, goal: Goal) -> str:
     layers, longest = f"layer{'s' if len(kind.layers) > 1 else ''} {ranges(kind.layers)}", kind.points[-1].length
     before = ", ".join(map(str, sorted(set(kind.before))))
     if kind.dense_len is None:
-        return f"{layers}: sparse attention is slower at {longest:,} tokens, the longest length measured{where}; dense_len stays {before}."
+        text = f"{layers}: sparse attention is slower at {longest:,} tokens, the longest length measured{where}; dense_len stays {before}."
+        other: Goal
+        for other in ("prefill", "decode"):
+            length = _shortest(kind.points, other)
+            if goal == "both" and length is not None:
+                text += f" In {other} alone it is not slower from {length:,} tokens on, which `--for {other}` sets."
+        return text
     if kind.dense_len == kind.points[0].length:
         return f"{layers}: sparse attention is not slower{where} at any length measured; dense_len {before} -> {kind.dense_len}."
     return f"{layers}: sparse attention is not slower{where} from {kind.dense_len:,} tokens on; dense_len {before} -> {kind.dense_len}."
