@@ -275,7 +275,9 @@ def _concluded(kind: SwitchKind, points: Sequence[SwitchPoint], goal: Goal, dtyp
         q = torch.empty(1, 16, kind.num_heads, kind.head_dim, device=device, dtype=dtype)
         why = refusal(q, q[:, :, : kind.num_key_value_heads], kind.rule)
     runs = "Triton kernels" if why is None else f"PyTorch, for {why}"
-    return SwitchKind(kind.layers, kind.num_heads, kind.num_key_value_heads, kind.head_dim, kind.rule, kind.before, tuple(points), runs, _shortest(points, goal))
+    return SwitchKind(
+        kind.layers, kind.num_heads, kind.num_key_value_heads, kind.head_dim, kind.rule, kind.before, tuple(points), runs, _shortest(points, goal)
+    )
 
 
 def drifting(num_rows: int, length: int, num_heads: int, head_dim: int, generator: torch.Generator, device: torch.device) -> Tensor:
