@@ -18,6 +18,7 @@ from test_seam import ROWS, SMALL, TOLERANCE, batch, padded, step_logits, worst
 
 from attnconvert.surgery.method import Method
 from attnconvert.surgery.runtime.graph import DecodeGraph, graph_refusal
+from attnconvert.surgery.runtime.seam import AttentionCore
 from attnconvert.surgery.sites import find_sites
 
 NULL_FAMILIES = [name for name in FAMILIES if name != "mistral"]  # every layer of it slides
@@ -142,6 +143,55 @@ def assert_steps_with_room_move_nothing(model: Any, cache: Any, ids: torch.Tenso
     feed(model, cache, *[ids[:, :1]] * steps)
     assert all(layer.state is state and [t.data_ptr() for t in state.values()] == found for layer, (state, found) in zip(cache.layers, before, strict=True))
     feed(model, cache, ids[:, :1])
+
+
+# ---------------------------------------------------------------- serving engines
+
+
+def cores_of(model: Any) -> list[AttentionCore]:
+    """The cores of a model, layer after layer."""
+    return [module for module in model.modules() if isinstance(module, AttentionCore)]
+
+
+def assert_a_new_state_is_as_after_a_prefill(model: Any) -> None:
+    """`new_state` of each core has the names, shapes, strides and types of the tensors in a cache planned for as many tokens, all zero, and its layout."""
+    ids, _ = long_batch(tokens=20)
+    cache = feed(model, model.build_cache(230), ids)
+    for core, layer in zip(cores_of(model), cache.layers, strict=True):
+        state, layout = core.new_state(2, 230, torch.float32, ids.device)
+        assert {name: (t.shape, t.stride(), t.dtype) for name, t in state.items()} == {name: (t.shape, t.stride(), t.dtype) for name, t in layer.state.items()}
+        assert not any(t.any() for t in state.values())
+        assert (layout is None) == (layer.layout is None)
+        if layout is not None:
+            assert layout[:-1] == layer.layout[:-1]
+            assert torch.equal(layout.table, layer.layout.table)
+
+
+def assert_steps_on_a_pool_are_those_of_the_batch(model: Any) -> None:
+    """Steps from an empty state whose rows a batch picks give the logits of the batch's own cache; several tokens at once and beams are refused."""
+    ids, slots = long_batch(tokens=24)[0], torch.tensor([4, 1])
+    cache, pooled = feed(model, model.build_cache(40), ids[:, :1]), model.build_cache(40)
+    for core, layer in zip(cores_of(model), pooled.layers, strict=True):
+        layer.state, layer.layout = core.new_state(5, 40, torch.float32, ids.device)
+        layer.slots = slots
+    feed(model, pooled, ids[:, :1])
+    with torch.no_grad():
+        for n in range(1, ids.shape[1]):
+            want, got = (model(ids[:, n : n + 1], past_key_values=some, use_cache=True).logits for some in (cache, pooled))
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for own, layer in zip(cache.layers, pooled.layers, strict=True):
+        assert all(torch.equal(layer.state[name][slots], t) for name, t in own.state.items() if not t.is_floating_point())
+        assert not any(t[[0, 2, 3]].any() for t in layer.state.values())
+    before = [{name: t.clone() for name, t in layer.state.items()} for layer in pooled.layers]
+    for change in (
+        lambda: feed(model, pooled, ids[:, :3]),
+        lambda: pooled.reorder_cache(torch.tensor([1, 0])),
+        lambda: pooled.batch_repeat_interleave(2),
+        lambda: pooled.reset(),
+    ):
+        with pytest.raises(ValueError, match="serving engine that owns the pool"):
+            change()
+    assert all(torch.equal(t, old[name]) for layer, old in zip(pooled.layers, before, strict=True) for name, t in layer.state.items())
 
 
 # ---------------------------------------------------------------- CUDA graphs

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cached_layers import assert_a_new_state_is_as_after_a_prefill, assert_steps_on_a_pool_are_those_of_the_batch
 from conftest import make_model
 from test_kernel_linear import KINDS, B, D, F, G, H, draw, options
 from test_seam import HEDGEHOG, convert, padded
@@ -21,6 +22,7 @@ from test_seam import HEDGEHOG, convert, padded
 from attnconvert.kernels.linear.decode import linear_attention_step
 from attnconvert.kernels.linear.reference import LinearState, empty_state, linear_attention, normalizer
 from attnconvert.surgery.runtime.graph import DecodeGraph, graph_refusal
+from attnconvert.surgery.runtime.seam import AttentionCore
 
 CASES = [(*kind, linear) for kind in KINDS for linear in (True, False) if linear or kind[1]]
 
@@ -154,8 +156,8 @@ KERNEL_CASES = {
 }
 
 
-def kernel_against_pytorch(name):
-    """Largest differences of outputs, kv and z; whether everything else of the two states is equal. Runs where Triton interprets."""
+def kernel_case(name):
+    """Inputs of all tokens, options, document starts of rows of which the last begins with padding, and the state before the first step."""
     rows, heads, key_heads, state_heads, dim, half, kind, size, sinks, reference, gates, first, stop, dtype = KERNEL_CASES[name]
     g = torch.Generator().manual_seed(0)
     r = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
@@ -169,6 +171,13 @@ def kernel_against_pytorch(name):
         state = linear_attention(**at(x, 0, first), **settings, start=start[:, :first].clamp(max=first), output_final_state=True).final_state
     else:
         state = empty_state(x["q"], x["k"], num_sinks=sinks, window_size=size, kind=kind, num_features=2 * half, state_heads=state_heads)
+    return x, settings, start, state
+
+
+def kernel_against_pytorch(name):
+    """Largest differences of outputs, kv and z; whether everything else of the two states is equal. Runs where Triton interprets."""
+    rows, *_, half, kind, size, _, _, _, first, stop, _ = KERNEL_CASES[name]
+    x, settings, start, state = kernel_case(name)
     states = {impl: LinearState(*(t.clone() for t in state)) for impl in ("reference", "triton")}
     worst = 0.0
     for n in range(first, stop):
@@ -200,8 +209,8 @@ def test_the_kernel_equals_the_pytorch_step_in_output_and_state(interpreter, nam
     assert same
 
 
-def rows_share_a_program(rows, *case):
-    """`kernel_against_pytorch` where 4 state heads are enough for programs of two batch rows; their number."""
+def rows_share_a_program(check, rows, *case):
+    """What `check` finds where 4 state heads are enough for programs of two batch rows; their number."""
     from attnconvert.kernels.linear import triton_decode
 
     found = []
@@ -212,29 +221,152 @@ def rows_share_a_program(rows, *case):
         mock.patch.dict(KERNEL_CASES, {"rows": (rows, *case)}),
     ):
         triton_decode._plan.cache_clear()
-        result = kernel_against_pytorch("rows")
+        result = check("rows")
         triton_decode._plan.cache_clear()
     return result, {chosen["BATCH_ROWS"] for chosen, _ in found}
 
 
+SHARING = {
+    "recipe": (8, 4, 4, 32, 16, "block", 4, 2, "absolute", True, 6, 14, torch.float32),
+    "LoLCATs": (4, 2, 4, 20, 5, "block", 4, 0, "window_max", False, 7, 14, torch.float32),
+}
+
+
 @pytest.mark.parametrize(("rows", "together"), [(4, 2), (3, 1)])
-@pytest.mark.parametrize(
-    "case",
-    [
-        (8, 4, 4, 32, 16, "block", 4, 2, "absolute", True, 6, 14, torch.float32),
-        (4, 2, 4, 20, 5, "block", 4, 0, "window_max", False, 7, 14, torch.float32),
-    ],
-    ids=["recipe", "LoLCATs"],
-)
-def test_batch_rows_that_share_a_program_equal_the_pytorch_step(interpreter, rows, together, case):
-    (worst, kv, z, same), found = interpreter.submit(rows_share_a_program, rows, *case).result()
+@pytest.mark.parametrize("name", SHARING)
+def test_batch_rows_that_share_a_program_equal_the_pytorch_step(interpreter, rows, together, name):
+    (worst, kv, z, same), found = interpreter.submit(rows_share_a_program, kernel_against_pytorch, rows, *SHARING[name]).result()
     assert found == {together}
     assert worst < 5e-6
     assert max(kv, z) < 1e-5
     assert same
 
 
+# ---------------------------------------------------------------- rows of a pool
+
+
+def paged(state, slots, num_rows, page_bytes=0):
+    """A pool with the rows of `state` in its rows `slots`. A row's tensors lie in one page, as serving engines have them; no other row holds a number."""
+    sizes = [-(-t[0].nbytes // 64) * 64 for t in state]
+    memory = torch.empty(num_rows, max(page_bytes, sum(sizes) + 64), dtype=torch.uint8, device=state[0].device)
+    pool, at = [], 0
+    for tensor, size in zip(state, sizes, strict=True):
+        pool.append(memory[:, at : at + tensor[0].nbytes].view(tensor.dtype).view(num_rows, *tensor.shape[1:]))
+        pool[-1].fill_(torch.nan if tensor.is_floating_point() else 10**6)
+        pool[-1][slots[slots >= 0]] = tensor[slots >= 0]
+        at += size
+    return type(state)(*pool)
+
+
+def close(a, b):
+    """What two compilations of the same sums may differ in."""
+    return torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-2)
+
+
+def difference_on_a_pool(step, state, first, stop, start=None, same=torch.equal, **page):
+    """What differs when steps use rows of a pool, shuffled and one of several padding, from the same steps on those rows alone; None if nothing does.
+
+    step: (n, state, start of the step [B, 1] or None, slots or None) -> output of step n. start: [B, T] or None.
+    """
+    B, device = len(state[0]), state[0].device
+    slots = torch.randperm(B + 4, generator=torch.Generator().manual_seed(1))[:B].to(device)
+    slots[1:2] = -1
+    used = slots >= 0
+    others = torch.ones(B + 4, dtype=torch.bool, device=device).index_fill(0, slots[used], False)
+    pool = paged(state, slots, B + 4, **page)
+    alone, before = type(state)(*(t.clone() for t in state)), [t[others].clone() for t in pool]
+    for n in range(first, stop):
+        here = None if start is None else (start[:, n : n + 1] - n).clamp(0, 1)
+        want = step(n, alone, torch.where(used[:, None], 0 if here is None else here, 1), None)
+        got = step(n, pool, here, slots)
+        if not same(got, want) or got[~used].any():
+            return f"output of step {n}"
+    for name, ours, theirs, old in zip(state._fields, pool, alone, before, strict=True):
+        if not same(ours[slots[used]], theirs[used]):
+            return f"{name} of the rows"
+        if not torch.equal(ours[others].view(torch.uint8), old.view(torch.uint8)):
+            return f"{name} of other rows"
+    return None
+
+
+def kernel_on_a_pool(name, impl="triton", padded=False):
+    """`difference_on_a_pool` of a kernel's case. Runs where Triton interprets."""
+    x, settings, start, state = kernel_case(name)
+
+    def step(n, state, start, slots):
+        return linear_attention_step(**at(x, n), state=state, **settings, start=start, slots=slots, impl=impl)
+
+    first, stop = KERNEL_CASES[name][-3:-1]
+    return difference_on_a_pool(step, state, first, stop, start if padded else None)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", [name for name, case in KERNEL_CASES.items() if case[0] > 1])
+def test_pytorch_steps_on_rows_of_a_pool_equal_steps_on_these_rows_and_touch_no_other(name, padded):
+    assert kernel_on_a_pool(name, "reference", padded) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "padded"),
+    [("a program per head and slice, blocks folding", False), ("LoLCATs: a state per query head, ring per key head", True), ("no linear branch", False)],
+)
+def test_the_kernel_on_rows_of_a_pool_equals_itself_on_these_rows_and_touches_no_other(interpreter, name, padded):
+    assert interpreter.submit(kernel_on_a_pool, name, padded=padded).result() is None
+
+
+def test_batch_rows_that_share_a_program_may_be_any_rows_of_a_pool(interpreter):
+    case = (8, 4, 4, 32, 16, "block", 4, 2, "absolute", True, 7, 10, torch.float16)  # keys leave the window at position 8
+    assert interpreter.submit(rows_share_a_program, kernel_on_a_pool, 4, *case).result() == (None, {2})
+
+
+def compiled_on_a_pool():
+    """Output and pool after a step that torch.compile made, which knows the kernel as an operator, and after the same step without it. Runs where Triton interprets."""
+    x, settings, _, state = kernel_case("LoLCATs: a state per query head, ring per key head")
+    slots, pools = torch.tensor([2, -1]), [LinearState(*(torch.cat([t, t]) for t in state)) for _ in "ab"]
+
+    def step(pool):
+        return linear_attention_step(**at(x, 7), state=pool, **settings, slots=slots, impl="triton")
+
+    return [(run(pool), *pool) for run, pool in zip((torch.compile(step, fullgraph=True, backend="aot_eager"), step), pools, strict=True)]
+
+
+def test_the_kernel_on_rows_of_a_pool_compiles_into_one_graph(interpreter):
+    compiled, plain = interpreter.submit(compiled_on_a_pool).result()
+    assert all(torch.equal(a, b) for a, b in zip(compiled, plain, strict=True))
+    assert plain[-1][:, 0, 0].tolist() == [7, 0, 8, 0]
+
+
+def test_a_batch_of_nothing_but_padding_reads_and_writes_no_row():
+    x = plain(1)
+    pool = LinearState(*(torch.full_like(t, torch.nan if t.is_floating_point() else 10**6) for t in start_state(x, 2, 8, "block")))
+    before = [t.clone() for t in pool]
+    out = linear_attention_step(**x, state=pool, **options("block", 8, 2), slots=torch.tensor([-1, -1]), impl="reference")
+    assert out.abs().max() == 0
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(pool, before, strict=True))
+
+
+@pytest.mark.parametrize("slots", [torch.tensor([0]), torch.tensor([[0], [1]]), torch.tensor([0, 1], dtype=torch.int32)])
+def test_slots_of_another_shape_are_refused(slots):
+    x = plain(1)
+    with pytest.raises(ValueError, match=r"which row of the pool each row of the batch uses: int64 \[2\]"):
+        linear_attention_step(**x, state=start_state(x, 2, 8, "block"), **options("block", 8, 2), slots=slots)
+
+
 # ---------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize("settings", [{}, {"gates": False, "sinks": 0, "window": {"kind": "sliding", "size": 0}}, {"linear": False, "gates": False}])
+def test_a_new_state_has_the_tensors_that_a_prefill_leaves(settings):
+    assert_a_new_state_is_as_after_a_prefill(convert(make_model("llama"), method="hedgehog", config={**HEDGEHOG, **settings}))
+
+
+def test_a_core_whose_steps_use_no_pool_has_no_new_state_and_says_so():
+    with pytest.raises(NotImplementedError, match="ExactAttention keeps no state that could be part of a pool"):
+        next(m for m in convert(make_model("llama")).modules() if isinstance(m, AttentionCore)).new_state(2, 8, torch.float32, torch.device("cpu"))
+
+
+def test_a_model_steps_on_rows_of_a_pool_as_on_its_own():
+    assert_steps_on_a_pool_are_those_of_the_batch(convert(make_model("llama"), method="hedgehog", config=HEDGEHOG))
 
 
 def test_a_decode_step_of_a_model_keeps_the_cache_where_it_is_and_compiles_into_one_graph():
@@ -327,6 +459,58 @@ def test_a_checkpoint_decodes_in_a_bare_process_and_its_op_does_not_clash(hidden
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+GPU_POOLS = {
+    # rows, query heads, key heads, head_dim, F/2, window kind, first step, bytes of a page (0: no more than needed)
+    "a row": (1, 32, 8, 128, 64, "block", 126, 0),
+    "rows that share a program": (64, 32, 8, 128, 64, "block", 127, 0),
+    "sliding": (8, 9, 3, 64, 64, "sliding", 100, 0),
+    "more than 2^31 elements": (8, 8, 4, 64, 64, "block", 127, 2**30 + 4096),
+}
+
+
+def gpu_pool(name, steps):
+    """A function for steps on the GPU, see `difference_on_a_pool`, and the state before the first."""
+    rows, heads, key_heads, dim, half, kind, first, _ = GPU_POOLS[name]
+    g = torch.Generator("cuda").manual_seed(0)
+    r = lambda *shape: torch.randn(*shape, generator=g, device="cuda")  # noqa: E731
+    x = {n: r(rows, first + steps, h, dim).bfloat16() for n, h in (("q", heads), ("k", key_heads), ("v", key_heads))}
+    x |= {"query_map": r(heads, dim, half) * dim**-0.5, "key_map": r(key_heads, dim, half) * dim**-0.5, "linear_log_weight": r(heads, 1)}
+    x |= {"query_gate": r(heads, dim + 1), "key_gate": r(key_heads, dim + 1)}
+    settings = options(kind, 64, 4)
+    state = linear_attention(**at(x, 0, first), **settings, output_final_state=True).final_state
+
+    def step(n, state, start, slots):
+        return linear_attention_step(**at(x, n), state=state, **settings, start=start, slots=slots, impl="triton")
+
+    return step, state
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=gpu) for name in GPU_POOLS])
+def test_on_a_gpu_the_kernel_on_rows_of_a_pool_equals_itself_on_these_rows(name):
+    first, page_bytes = GPU_POOLS[name][-2:]
+    step, state = gpu_pool(name, 4)  # of which one moves a block out of the window
+    assert difference_on_a_pool(step, state, first, first + 4, same=close, page_bytes=page_bytes) is None
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=gpu) for name in ("a row", "rows that share a program")])
+def test_on_a_gpu_replays_of_a_graph_read_their_slots_anew(name):
+    rows, first = GPU_POOLS[name][0], GPU_POOLS[name][-2]
+    step, state = gpu_pool(name, 1)
+    slots = torch.arange(rows, device="cuda")
+    pool, plain, other = (paged(state, slots, rows + 4) for _ in range(3))
+    step(first, other, None, slots)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(first, pool, None, slots)
+    for shift in range(3):
+        slots.copy_(torch.arange(rows, device="cuda").roll(shift))
+        slots[shift : shift + 1] = -1
+        graph.replay()
+        assert torch.equal(out, step(first, plain, None, slots))
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(pool, plain, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

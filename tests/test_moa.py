@@ -190,6 +190,17 @@ def test_generate_replays_a_graph_and_writes_the_same_text(case, dtype, monkeypa
     cached_layers.assert_replays_write_the_same_text(moa(make_model("llama"), RULES["elastic"]).to("cuda", dtype), 70, monkeypatch)
 
 
+# ---------------------------------------------------------------- serving engines
+
+
+def test_a_new_state_has_the_tensors_that_a_prefill_leaves():
+    cached_layers.assert_a_new_state_is_as_after_a_prefill(moa(make_model("llama"), RULES["elastic"]))
+
+
+def test_a_model_steps_on_rows_of_a_pool_as_on_its_own():
+    cached_layers.assert_steps_on_a_pool_are_those_of_the_batch(moa(make_model("llama"), RULES["elastic"]))
+
+
 # ---------------------------------------------------------------- checkpoints
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_decode import interpreter  # noqa: F401
+from test_decode import close, difference_on_a_pool, interpreter, paged  # noqa: F401
 
 from attnconvert.kernels.span.decode import SpanState, fill, resized, span_attention_extend, span_attention_step, span_layout
 from attnconvert.kernels.span.reference import BETA_ONE, span_attention, visible, window
@@ -255,6 +255,14 @@ def test_the_pytorch_step_compiles_into_one_graph():
     same_state(state, other)
 
 
+def test_slots_of_another_shape_are_refused():
+    x = draw(4)
+    state, layout = prefill(x, 3, 2, 8)
+    with pytest.raises(ValueError, match="which row of the pool each row of the batch uses"):
+        span_attention_step(**part(x, 3), state=state, layout=layout, scale=SCALE, slots=torch.tensor([0]))
+    assert state.length.tolist() == [3, 3]
+
+
 # ---------------------------------------------------------------- the kernels, interpreted
 
 
@@ -272,18 +280,24 @@ KERNEL_CASES = {
 }
 
 
-def kernel_against_pytorch(name, units=None, gated=False):
-    """Largest difference of outputs, and whether the two states are equal. Runs where Triton interprets. units: which are routed, `KV heads` or `query heads`."""
-    from attnconvert.kernels.span import decode, triton_decode
-
-    rows, heads, dim, rules, sinks, capacity, first, stop, split, dtype = KERNEL_CASES[name]
-    active, gate = choice(heads if units == "query heads" else len(rules), stop, rows=rows)
+def kernel_case(name):
+    """Inputs of all tokens, document starts of rows of which the last begins with padding, and state and layout before the first step."""
+    rows, heads, dim, rules, sinks, capacity, first, stop, _, dtype = KERNEL_CASES[name]
     g = torch.Generator().manual_seed(0)
     x = {n: torch.randn(rows, stop, h, dim, generator=g).to(dtype) for n, h in (("q", heads), ("k", len(rules)), ("v", len(rules)))}
     start = torch.zeros(rows, stop, dtype=torch.int64)
     start[-1] = first + 1 if rows > 1 else 0  # the last row begins with padding
     layout = layout_of(sinks, capacity, tuple(a for a, _ in rules), tuple(fixed_point(b) for _, b in rules), tuple(1 + 5 * head for head in range(len(rules))))
-    state = fill(x["k"][:, :first], x["v"][:, :first], layout, start[:, :first].clamp(max=first))
+    return x, start, fill(x["k"][:, :first], x["v"][:, :first], layout, start[:, :first].clamp(max=first)), layout
+
+
+def kernel_against_pytorch(name, units=None, gated=False):
+    """Largest difference of outputs, and whether the two states are equal. Runs where Triton interprets. units: which are routed, `KV heads` or `query heads`."""
+    from attnconvert.kernels.span import decode, triton_decode
+
+    rows, heads, _, rules, _, _, first, stop, split, _ = KERNEL_CASES[name]
+    active, gate = choice(heads if units == "query heads" else len(rules), stop, rows=rows)
+    x, start, state, layout = kernel_case(name)
     states = {impl: SpanState(*(t.clone() for t in state)) for impl in ("reference", "triton")}
     worst = 0.0
     with mock.patch.object(triton_decode, "_split", return_value=split):
@@ -320,6 +334,42 @@ def test_the_kernels_leave_out_the_same_units(interpreter, name, units, gated): 
     worst, same = interpreter.submit(kernel_against_pytorch, name, units, gated).result()
     assert worst < 5e-6
     assert same
+
+
+def kernel_on_a_pool(name, impl="triton", units=None, padded=False):
+    """`difference_on_a_pool` of a kernel's case, with routed units if `units`. Runs where Triton interprets."""
+    from attnconvert.kernels.span import triton_decode
+
+    rows, heads, _, rules, _, _, first, stop, split, _ = KERNEL_CASES[name]
+    active, gate = choice(heads if units == "query heads" else len(rules), stop, rows=rows)
+    x, start, state, layout = kernel_case(name)
+
+    def step(n, state, start, slots):
+        routed = {"active": active[:, n : n + 1], "gate": gate[:, n : n + 1].float()} if units else {}
+        return span_attention_step(**part(x, n), state=state, layout=layout, scale=SCALE, start=start, slots=slots, **routed, impl=impl)
+
+    with mock.patch.object(triton_decode, "_split", return_value=split):
+        return difference_on_a_pool(step, state, first, stop, start if padded else None)
+
+
+POOLED = ["rings that turn over, a head of several parts", "three heads a group, sizes that need masks, no sinks", "fp16", "head_dim 256"]
+
+
+@pytest.mark.parametrize("units", [None, "KV heads", "query heads"])
+@pytest.mark.parametrize("name", POOLED)
+def test_pytorch_steps_on_rows_of_a_pool_equal_steps_on_these_rows_and_touch_no_other(name, units):
+    pytest.importorskip("triton")
+    assert kernel_on_a_pool(name, "reference", units, padded=units is None) is None
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_the_kernels_on_rows_of_a_pool_equal_themselves_on_these_rows_and_touch_no_other(interpreter, name):  # noqa: F811
+    assert interpreter.submit(kernel_on_a_pool, name).result() is None
+
+
+@pytest.mark.parametrize("units", ["KV heads", "query heads"])
+def test_the_kernels_leave_out_units_and_padding_beside_rows_of_a_pool(interpreter, units):  # noqa: F811
+    assert interpreter.submit(kernel_on_a_pool, POOLED[1], units=units, padded=True).result() is None
 
 
 def unused_keys_are_poison():
@@ -430,3 +480,38 @@ def test_on_a_gpu_replays_of_a_graph_equal_plain_steps_bit_for_bit(name):
         graph.replay()
         assert torch.equal(out, step(part(x, n), plain))
     same_state(ours, plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "page_bytes"), [pytest.param(name, page, marks=gpu) for name, page in (("llama", 0), ("many rows", 0), ("the first tokens", 2**30 + 4096))]
+)
+def test_on_a_gpu_the_kernels_on_rows_of_a_pool_equal_themselves_on_these_rows(name, page_bytes):
+    x, state, layout, _ = gpu_case(name, 3)
+
+    def step(n, state, start, slots):
+        return span_attention_step(**part(x, n), state=state, layout=layout, scale=0.1, start=start, slots=slots, impl="triton")
+
+    assert difference_on_a_pool(step, state, 0, 3, same=close, page_bytes=page_bytes) is None
+
+
+@pytest.mark.parametrize("name", [pytest.param("many rows", marks=gpu)])
+def test_on_a_gpu_replays_of_a_graph_read_their_slots_anew(name):
+    x, state, layout, _ = gpu_case(name, 1)
+    rows = len(state.k)
+    slots = torch.arange(rows, device="cuda")
+    pool, plain, other = (paged(state, slots, rows + 4) for _ in range(3))
+
+    def step(state):
+        return span_attention_step(**x, state=state, layout=layout, scale=0.1, slots=slots, impl="triton")
+
+    step(other)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(pool)
+    for shift in range(3):
+        slots.copy_(torch.arange(rows, device="cuda").roll(shift))
+        slots[shift] = -1
+        graph.replay()
+        assert torch.equal(out, step(plain))
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(pool, plain, strict=True))

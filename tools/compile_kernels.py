@@ -41,6 +41,8 @@ MODULES = tuple(
         "blocks.triton_attend",
         "blocks.triton_decode",
         "heads.triton",
+        "heads.triton_routing",
+        "heads.triton_projection",
     )
 )
 # bytes a block may ask for (CUDA programming guide, compute capabilities)

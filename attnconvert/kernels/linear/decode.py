@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnconvert.kernels.choice import HAS_TRITON, Impl, use_triton
 from attnconvert.kernels.linear.reference import MAX_SHIFT, LinearState, feature_map, normalizer, normalizer_slot, window_start
+from attnconvert.kernels.pool import check_slots, rows_are_whole, step_in_pool
 
 
 def linear_attention_step(
@@ -30,16 +31,20 @@ def linear_attention_step(
     key_gate: Tensor | None = None,
     reference: str = "absolute",
     start: Tensor | None = None,
+    slots: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Attention of the next token of each row; no gradients.
 
     Args:
         q: [B, 1, H, D], after RoPE and q/k norm. k, v: [B, 1, G, D].
-        state: what `linear_attention` or `empty_state` returned for the same options; changed in place.
+        state: what `linear_attention` or `empty_state` returned for the same options; changed in place. Its rows may lie apart: all dimensions
+            but the first are contiguous.
         window_size, window_kind, num_sinks, scale, query_map, key_map, linear_log_weight, query_gate, key_gate, reference: as in `linear_attention`.
         start: [B, 1] int64 or None. A row with a positive start has a padding token: its output is 0 and its state stays as it is. A
             step never starts a new document.
+        slots: [B] int64 or None. Row b of the batch uses row slots[b] of the state, which then has any number of rows; no two use the same. -1 =
+            the row is padding: its output is 0, and it has no state.
         impl: `reference` (PyTorch, any device), `triton`, or `auto`: triton for bf16 and fp16 on CUDA where it can, with the reason
             logged where it cannot.
 
@@ -47,19 +52,24 @@ def linear_attention_step(
         [B, 1, H, D] in q's dtype.
 
     Raises:
-        ValueError: more than one token a row, a state of another shape, or `triton` where it cannot run.
+        ValueError: more than one token a row, a state or slots of another shape, or `triton` where it cannot run.
     """
     if q.shape[1] != 1:
         raise ValueError(f"a decode step takes one token a row, got {q.shape[1]}; use linear_attention with initial_state for more")
-    if (state.k.shape[0], state.k.shape[1], state.sink_k.shape[2]) != (q.shape[0], k.shape[2], num_sinks):
+    check_slots(slots, q.shape[0])
+    if (state.k.shape[1], state.sink_k.shape[2]) != (k.shape[2], num_sinks) or (slots is None and state.k.shape[0] != q.shape[0]):
         raise ValueError("the state was made for another batch size, number of heads or number of sinks")
     if not use_triton(impl, q, lambda: _refusal(q, k, v, state, query_map), "the decode step of linear attention"):
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+
+        def step(state: LinearState, start: Tensor | None) -> Tensor:
             return _step(q, k, v, state, window_size, window_kind, scale, query_map, key_map, linear_log_weight, query_gate, key_gate, reference, start)
+
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            return step(state, start) if slots is None else step_in_pool(step, state, slots, start)
     from attnconvert.kernels.linear.triton_decode import triton_linear_attention_step
 
     return triton_linear_attention_step(
-        q, k, v, state, window_size, window_kind, scale, query_map, key_map, linear_log_weight, query_gate, key_gate, reference, start
+        q, k, v, state, window_size, window_kind, scale, query_map, key_map, linear_log_weight, query_gate, key_gate, reference, start, slots
     )
 
 
@@ -78,8 +88,8 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor, state: LinearState, query_map: Ten
     """Why the Triton form cannot take this step, or None."""
     if not q.dtype == k.dtype == v.dtype == state.k.dtype == state.v.dtype:
         return f"q, k, v and the state have several dtypes: {q.dtype}, {k.dtype}, {v.dtype}, {state.k.dtype}"
-    if not all(tensor.is_contiguous() for tensor in state):
-        return "a tensor of the state is not contiguous"
+    if not all(rows_are_whole(tensor) for tensor in state):
+        return "a row of the state is not contiguous"
     refusal: str | None = _kernel_refusal(q.device.type, q.dtype, q.shape[-1], 0 if query_map is None else query_map.shape[-1], q.shape[2] // state.kv.shape[1])
     return refusal
 

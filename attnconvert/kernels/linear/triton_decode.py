@@ -165,12 +165,22 @@ def _window_start(length, WINDOW: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def _begin(row, head, HEADS: tl.constexpr, SIZE: tl.constexpr, ROW: tl.constexpr):
+    """Where a head of a row of the state begins: heads of SIZE elements, rows ROW elements apart."""
+    if ROW == HEADS * SIZE:  # not only shorter: the other form costs registers that kernels lack
+        return (row * HEADS + head) * SIZE
+    else:
+        return row * ROW + head * SIZE
+
+
+@triton.jit
 def _fold_row(
-    K, V, RING_K, RING_V, KV, Z, KEY_MAP, KEY_GATE, START, k_row, k_head, v_row, v_head, start_row, b, group, split, length,
+    K, V, RING_K, RING_V, KV, Z, KEY_MAP, KEY_GATE, START, k_row, k_head, v_row, v_head, start_row, b, row, group, split, length,
+    RING_K_ROW: tl.constexpr, RING_V_ROW: tl.constexpr, KV_ROW: tl.constexpr, Z_ROW: tl.constexpr,
     STATE_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, D: tl.constexpr, F2: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr, NUM_SLOTS: tl.constexpr, SINKS: tl.constexpr,
     GATED: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, DC: tl.constexpr, FOLD_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of z of batch row b, after moving the keys that leave the window with this step, if any, into kv and z."""
+    """Both halves of z of batch row b, which is row `row` of the state, after moving the keys that leave the window with this step, if any, into kv and z."""
     UNIT: tl.constexpr = WINDOW if (BLOCKS and WINDOW > 0) else 1
     key_head = group // (STATE_HEADS // KEY_HEADS)
     f = tl.arange(0, BF)
@@ -178,14 +188,15 @@ def _fold_row(
     fold = lo > before
     if PADDED:
         fold = fold & (tl.load(START + b * start_row) <= 0)
-    z = Z + (b * STATE_HEADS + group) * (4 * F2)
+    z = Z + _begin(row, group, STATE_HEADS, 4 * F2, Z_ROW)
     slot = (before // UNIT) % 2
     z_positive = tl.load(z + slot * (2 * F2) + f, mask=f < F2, other=0.0)
     z_negative = tl.load(z + slot * (2 * F2) + F2 + f, mask=f < F2, other=0.0)
     if fold:
-        ring = (b * KEY_HEADS + key_head) * (NUM_SLOTS * D)
+        ring_k = RING_K + _begin(row, key_head, KEY_HEADS, NUM_SLOTS * D, RING_K_ROW)
+        ring_v = RING_V + _begin(row, key_head, KEY_HEADS, NUM_SLOTS * D, RING_V_ROW)
         z_positive, z_negative = _fold(
-            K + b * k_row + key_head * k_head, V + b * v_row + key_head * v_head, RING_K + ring, RING_V + ring, KV + (b * STATE_HEADS + group) * (2 * F2 * D),
+            K + b * k_row + key_head * k_head, V + b * v_row + key_head * v_head, ring_k, ring_v, KV + _begin(row, group, STATE_HEADS, 2 * F2 * D, KV_ROW),
             KEY_MAP + group * (D * F2), KEY_GATE + group * (D + 1), z_positive, z_negative, lo, before, split * (BD // SPLITS),
             D, F2, WINDOW, UNIT, NUM_SLOTS, SINKS, GATED, BD // SPLITS, BD, BF, BC, DC if DC < 32 else 32, FOLD_PRECISION,
         )  # fmt: skip
@@ -362,9 +373,10 @@ def _attend(
 
 @triton.jit
 def decode_step(
-    Q, K, V, OUT, RING_K, RING_V, SINK_K, SINK_V, KV, Z, LENGTHS, QUERY_MAP, KEY_MAP, QUERY_GATE, KEY_GATE, LOG_WEIGHT, START,
+    Q, K, V, OUT, RING_K, RING_V, SINK_K, SINK_V, KV, Z, LENGTHS, QUERY_MAP, KEY_MAP, QUERY_GATE, KEY_GATE, LOG_WEIGHT, START, SLOTS,
     q_row, q_head, k_row, k_head, v_row, v_head, weight_row, weight_head, start_row, scale,
-    STATE_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, NUM_HEADS: tl.constexpr, D: tl.constexpr, F2: tl.constexpr,
+    RING_K_ROW: tl.constexpr, RING_V_ROW: tl.constexpr, SINK_K_ROW: tl.constexpr, SINK_V_ROW: tl.constexpr, KV_ROW: tl.constexpr, Z_ROW: tl.constexpr, LENGTHS_ROW: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, STATE_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, NUM_HEADS: tl.constexpr, D: tl.constexpr, F2: tl.constexpr,
     WINDOW: tl.constexpr, BLOCKS: tl.constexpr, NUM_SLOTS: tl.constexpr, SINKS: tl.constexpr, COPIES: tl.constexpr,
     LINEAR: tl.constexpr, GATED: tl.constexpr, ABSOLUTE: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr,
     BATCH_ROWS: tl.constexpr, HEAD_SPLITS: tl.constexpr, VALUE_SPLITS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, DC: tl.constexpr,
@@ -373,6 +385,7 @@ def decode_step(
     """Grid (B / BATCH_ROWS * STATE_HEADS, HEAD_SPLITS * VALUE_SPLITS). NUM_HEADS: query heads per state head. F2 = F/2.
 
     BATCH_ROWS > 1, which reads a query's map once for several rows of the batch, needs SPLITS == 1 and BATCH_ROWS * NUM_HEADS <= ROWS.
+    The state's rows are *_ROW elements apart. With HAS_SLOTS, SLOTS [B] says which of them a row of the batch uses; -1: none, it is padding.
     """
     SPLITS: tl.constexpr = HEAD_SPLITS * VALUE_SPLITS
     HEADS: tl.constexpr = (NUM_HEADS + HEAD_SPLITS - 1) // HEAD_SPLITS
@@ -386,19 +399,33 @@ def decode_step(
     group = program % STATE_HEADS
     key_head = group // REPEAT
     first_head = group * NUM_HEADS
-    lengths = LENGTHS + (b0 * STATE_HEADS + group) * COPIES + split * (COPIES // SPLITS)
+    first = b0
+    if HAS_SLOTS:
+        first = b0 * 0
+    lengths = LENGTHS + _begin(first, group, STATE_HEADS, COPIES, LENGTHS_ROW) + split * (COPIES // SPLITS)
     if BATCH_ROWS > 1 and LINEAR:
         # In a part of its own, and with a zero that the compiler does not know: it would keep this part's addresses in registers in all steps.
-        row = tl.arange(0, BATCH_ROWS)
-        starts, started = _window_start(tl.load(lengths + row * (STATE_HEADS * COPIES)).to(tl.int32), WINDOW, BLOCKS)
+        rows = tl.arange(0, BATCH_ROWS)
+        if HAS_SLOTS:
+            rows = tl.load(SLOTS + b0 + rows)
+            known = tl.load(lengths + rows * LENGTHS_ROW, mask=rows >= 0, other=0).to(tl.int32)
+        else:
+            known = tl.load(lengths + rows * LENGTHS_ROW).to(tl.int32)
+        starts, started = _window_start(known, WINDOW, BLOCKS)
         if tl.max(starts - started, 0) > 0:
             zero = tl.minimum(tl.max(starts, 0), 0)
             for r in tl.range(0, BATCH_ROWS, num_stages=1):
-                _fold_row(
-                    K, V, RING_K, RING_V, KV, Z, KEY_MAP, KEY_GATE, START, k_row, k_head, v_row, v_head, start_row,
-                    b0 + r, group + zero, split + zero, tl.load(lengths + r * (STATE_HEADS * COPIES)).to(tl.int32),
-                    STATE_HEADS, KEY_HEADS, D, F2, WINDOW, BLOCKS, NUM_SLOTS, SINKS, GATED, PADDED, SPLITS, BD, BF, BC, DC, FOLD_PRECISION,
-                )  # fmt: skip
+                row = b0 + r
+                used = True
+                if HAS_SLOTS:
+                    row = tl.load(SLOTS + row)
+                    used = row >= 0
+                if used:
+                    _fold_row(
+                        K, V, RING_K, RING_V, KV, Z, KEY_MAP, KEY_GATE, START, k_row, k_head, v_row, v_head, start_row,
+                        b0 + r, row, group + zero, split + zero, tl.load(lengths + (row - first) * LENGTHS_ROW).to(tl.int32), RING_K_ROW, RING_V_ROW, KV_ROW, Z_ROW,
+                        STATE_HEADS, KEY_HEADS, D, F2, WINDOW, BLOCKS, NUM_SLOTS, SINKS, GATED, PADDED, SPLITS, BD, BF, BC, DC, FOLD_PRECISION,
+                    )  # fmt: skip
 
     Q += b0 * q_row + first_head * q_head
     OUT += (b0 * STATE_HEADS * NUM_HEADS + first_head) * D
@@ -415,50 +442,66 @@ def decode_step(
 
     for r in tl.range(0, BATCH_ROWS, num_stages=1):
         b = b0 + r
-        length = tl.load(lengths + r * (STATE_HEADS * COPIES)).to(tl.int32)
-        valid = split >= 0  # always
-        if PADDED:
-            valid = tl.load(START + b * start_row) <= 0
-        lo, before = _window_start(length, WINDOW, BLOCKS)
-        fold = (lo > before) & valid & LINEAR
-        owner = valid & (group % REPEAT == 0)
-        keys = K + b * k_row + key_head * k_head
-        values = V + b * v_row + key_head * v_head
-        ring = (b * KEY_HEADS + key_head) * (NUM_SLOTS * D)
-        sinks = (b * KEY_HEADS + key_head) * (SINKS * D)
-        kv = KV + (b * STATE_HEADS + group) * (2 * F2 * D)
-        z_positive = tl.zeros([BF], tl.float32)
-        z_negative = tl.zeros([BF], tl.float32)
-        if LINEAR:
-            if BATCH_ROWS > 1:
-                z = Z + (b * STATE_HEADS + group) * (4 * F2) + (lo // UNIT) % 2 * (2 * F2)
-                z_positive += tl.load(z + f, mask=f < F2, other=0.0)
-                z_negative += tl.load(z + F2 + f, mask=f < F2, other=0.0)
-            else:
-                z_positive, z_negative = _fold_row(
-                    K, V, RING_K, RING_V, KV, Z, KEY_MAP, KEY_GATE, START, k_row, k_head, v_row, v_head, start_row, b, group, split, length,
-                    STATE_HEADS, KEY_HEADS, D, F2, WINDOW, BLOCKS, NUM_SLOTS, SINKS, GATED, PADDED, SPLITS, BD, BF, BC, DC, FOLD_PRECISION,
+        row = b
+        used = True
+        if HAS_SLOTS:
+            row = tl.load(SLOTS + b)
+            used = row >= 0
+        if used:
+            length = tl.load(lengths + (row - first) * LENGTHS_ROW).to(tl.int32)
+            valid = split >= 0  # always
+            if PADDED:
+                valid = tl.load(START + b * start_row) <= 0
+            lo, before = _window_start(length, WINDOW, BLOCKS)
+            fold = (lo > before) & valid & LINEAR
+            owner = valid & (group % REPEAT == 0)
+            keys = K + b * k_row + key_head * k_head
+            values = V + b * v_row + key_head * v_head
+            ring_k = RING_K + _begin(row, key_head, KEY_HEADS, NUM_SLOTS * D, RING_K_ROW)
+            ring_v = RING_V + _begin(row, key_head, KEY_HEADS, NUM_SLOTS * D, RING_V_ROW)
+            sink_k = SINK_K + _begin(row, key_head, KEY_HEADS, SINKS * D, SINK_K_ROW)
+            sink_v = SINK_V + _begin(row, key_head, KEY_HEADS, SINKS * D, SINK_V_ROW)
+            kv = KV + _begin(row, group, STATE_HEADS, 2 * F2 * D, KV_ROW)
+            z_positive = tl.zeros([BF], tl.float32)
+            z_negative = tl.zeros([BF], tl.float32)
+            if LINEAR:
+                if BATCH_ROWS > 1:
+                    z = Z + _begin(row, group, STATE_HEADS, 4 * F2, Z_ROW) + (lo // UNIT) % 2 * (2 * F2)
+                    z_positive += tl.load(z + f, mask=f < F2, other=0.0)
+                    z_negative += tl.load(z + F2 + f, mask=f < F2, other=0.0)
+                else:
+                    z_positive, z_negative = _fold_row(
+                        K, V, RING_K, RING_V, KV, Z, KEY_MAP, KEY_GATE, START, k_row, k_head, v_row, v_head, start_row, b, row, group, split, length,
+                        RING_K_ROW, RING_V_ROW, KV_ROW, Z_ROW,
+                        STATE_HEADS, KEY_HEADS, D, F2, WINDOW, BLOCKS, NUM_SLOTS, SINKS, GATED, PADDED, SPLITS, BD, BF, BC, DC, FOLD_PRECISION,
+                    )  # fmt: skip
+            if HEAD_SPLITS > 1 and fold:
+                all_positive, all_negative = _features(
+                    Q, QUERY_MAP, QUERY_GATE, q_row, q_head, split * 0, ROWS, BATCH_ROWS, NUM_HEADS, NUM_HEADS, D, F2, GATED, BD, BF, 16, True, PRECISION,
                 )  # fmt: skip
-        if HEAD_SPLITS > 1 and fold:
-            all_positive, all_negative = _features(
-                Q, QUERY_MAP, QUERY_GATE, q_row, q_head, split * 0, ROWS, BATCH_ROWS, NUM_HEADS, NUM_HEADS, D, F2, GATED, BD, BF, 16, True, PRECISION,
-            )  # fmt: skip
-            _attend(
-                Q, keys, values, OUT, RING_K + ring, RING_V + ring, SINK_K + sinks, SINK_V + sinks, kv, LOG_WEIGHT, all_positive, all_negative, z_positive, z_negative,
-                q_row, q_head, weight_row, weight_head, scale, length, lo, valid, owner & (split == 0), owner, r, split * 0, split * (BD // SPLITS),
-                ROWS, NUM_HEADS, NUM_HEADS, STATE_HEADS * NUM_HEADS, D, F2, WINDOW, NUM_SLOTS, SINKS, LINEAR, ABSOLUTE, ALIGNED, BD, BF, BD // SPLITS, BN, 0, PRECISION,
-            )  # fmt: skip
+                _attend(
+                    Q, keys, values, OUT, ring_k, ring_v, sink_k, sink_v, kv, LOG_WEIGHT, all_positive, all_negative, z_positive, z_negative,
+                    q_row, q_head, weight_row, weight_head, scale, length, lo, valid, owner & (split == 0), owner, r, split * 0, split * (BD // SPLITS),
+                    ROWS, NUM_HEADS, NUM_HEADS, STATE_HEADS * NUM_HEADS, D, F2, WINDOW, NUM_SLOTS, SINKS, LINEAR, ABSOLUTE, ALIGNED, BD, BF, BD // SPLITS, BN, 0, PRECISION,
+                )  # fmt: skip
+            else:
+                _attend(
+                    Q, keys, values, OUT, ring_k, ring_v, sink_k, sink_v, kv, LOG_WEIGHT, phi_positive, phi_negative, z_positive, z_negative,
+                    q_row, q_head, weight_row, weight_head, scale, length, lo, valid, owner & (split == 0), owner & (head_split == 0), r, head_split * HEADS, v0,
+                    ROWS, HEADS, NUM_HEADS, STATE_HEADS * NUM_HEADS, D, F2, WINDOW, NUM_SLOTS, SINKS, LINEAR, ABSOLUTE, ALIGNED, BD, BF, BD // VALUE_SPLITS, BN, EARLY, PRECISION,
+                )  # fmt: skip
+            copy = (row - first) * LENGTHS_ROW + tl.arange(0, COPIES // SPLITS)
+            if PADDED:
+                tl.store(lengths + copy, tl.zeros([COPIES // SPLITS], tl.int64) + length + valid.to(tl.int64))
+            else:
+                tl.store(lengths + copy, tl.zeros([COPIES // SPLITS], tl.int64) + length + 1)
         else:
-            _attend(
-                Q, keys, values, OUT, RING_K + ring, RING_V + ring, SINK_K + sinks, SINK_V + sinks, kv, LOG_WEIGHT, phi_positive, phi_negative, z_positive, z_negative,
-                q_row, q_head, weight_row, weight_head, scale, length, lo, valid, owner & (split == 0), owner & (head_split == 0), r, head_split * HEADS, v0,
-                ROWS, HEADS, NUM_HEADS, STATE_HEADS * NUM_HEADS, D, F2, WINDOW, NUM_SLOTS, SINKS, LINEAR, ABSOLUTE, ALIGNED, BD, BF, BD // VALUE_SPLITS, BN, EARLY, PRECISION,
-            )  # fmt: skip
-        copy = r * (STATE_HEADS * COPIES) + tl.arange(0, COPIES // SPLITS)
-        if PADDED:
-            tl.store(lengths + copy, tl.zeros([COPIES // SPLITS], tl.int64) + length + valid.to(tl.int64))
-        else:
-            tl.store(lengths + copy, tl.zeros([COPIES // SPLITS], tl.int64) + length + 1)
+            which = tl.arange(0, ROWS)
+            head = head_split * HEADS + which % HEADS
+            column = v0 + tl.arange(0, BD // VALUE_SPLITS)
+            mask = ((which // HEADS == r) & (head < NUM_HEADS))[:, None] & (column < D)[None, :]
+            nothing = tl.zeros([ROWS, BD // VALUE_SPLITS], OUT.dtype.element_ty)
+            tl.store(OUT + (which // HEADS * (STATE_HEADS * NUM_HEADS) + head)[:, None] * D + column[None, :], nothing, mask=mask)
 
 
 def step_refusal(device_type: str, dtype: torch.dtype, head_dim: int, half_features: int, group: int) -> str | None:
@@ -476,11 +519,15 @@ def step_refusal(device_type: str, dtype: torch.dtype, head_dim: int, half_featu
     return None
 
 
+# Constants and not arguments: rows lie as far apart in all layers of a model and at all times.
+_ROWS = ("RING_K_ROW", "RING_V_ROW", "SINK_K_ROW", "SINK_V_ROW", "KV_ROW", "Z_ROW", "LENGTHS_ROW")
+
+
 def _constants(
     num_pairs: int, state_heads: int, key_heads: int, num_heads: int, head_dim: int, half_features: int, window_size: int, kind: str, num_slots: int, num_sinks: int, copies: int,
-    *, gated: bool, absolute: bool, padded: bool, aligned: bool, exact: bool,
+    *, gated: bool, absolute: bool, padded: bool, aligned: bool, exact: bool, rows: tuple[int, ...], has_slots: bool,
 ) -> tuple[dict[str, Any], dict[str, int]]:  # fmt: skip
-    """The kernel's constexprs and its launch options. num_pairs: B times state heads; num_heads: query heads per state head."""
+    """The kernel's constexprs and its launch options. num_pairs: B times state heads; num_heads: query heads per state head; rows: elements from a row of each tensor of the state to the next."""
     BD, BF = max(32, triton.next_power_of_2(head_dim)), max(16, triton.next_power_of_2(half_features))
     value_splits, head_splits = max(1, BD * BF // TILE_ELEMENTS), 1
 
@@ -502,7 +549,7 @@ def _constants(
     ):  # fmt: skip
         batch_rows *= 2
     constants = {
-        "STATE_HEADS": state_heads, "KEY_HEADS": key_heads, "NUM_HEADS": num_heads, "D": head_dim, "F2": half_features, "WINDOW": window_size, "BLOCKS": kind == "block",
+        **dict(zip(_ROWS, rows, strict=True)), "HAS_SLOTS": has_slots, "STATE_HEADS": state_heads, "KEY_HEADS": key_heads, "NUM_HEADS": num_heads, "D": head_dim, "F2": half_features, "WINDOW": window_size, "BLOCKS": kind == "block",
         "NUM_SLOTS": num_slots, "SINKS": num_sinks, "COPIES": copies, "LINEAR": half_features > 0, "GATED": gated, "ABSOLUTE": absolute, "PADDED": padded, "ALIGNED": aligned,
         "BATCH_ROWS": batch_rows, "HEAD_SPLITS": head_splits, "VALUE_SPLITS": value_splits, "ROWS": max(8, triton.next_power_of_2(batch_rows * max(-(-num_heads // head_splits), num_heads if head_splits > 1 else 1))), "BD": BD, "BF": BF, "BN": 32 if many and (BD > 128 or BF > 64) else 64, "BC": 16,
         "DC": max(16, min(BD, TILE_ELEMENTS // 2 // BF)), "EARLY": 0 if many or BD > 128 else 2,
@@ -515,7 +562,7 @@ def _constants(
 
 
 _TENSORS = (
-    "q", "k", "v", "ring_k", "ring_v", "sink_k", "sink_v", "kv", "z", "lengths", "query_map", "key_map", "log_weight", "query_gate", "key_gate", "start",
+    "q", "k", "v", "ring_k", "ring_v", "sink_k", "sink_v", "kv", "z", "lengths", "query_map", "key_map", "log_weight", "query_gate", "key_gate", "start", "slots",
 )  # fmt: skip
 
 
@@ -530,6 +577,7 @@ def _plan(tensors: tuple[Any, ...], aligned: bool, window_size: int, window_kind
     constants, options = _constants(
         B * state_heads, state_heads, shape["k"][2], H // state_heads, D, shape["query_map"][-1] if "query_map" in known else 0, window_size, window_kind, shape["ring_k"][2], shape["sink_k"][2],
         shape["lengths"][2], gated="query_gate" in known, absolute=reference == "absolute", padded="start" in known, aligned=aligned, exact=dtype == torch.float32,
+        rows=tuple(stride[name][0] for name in _TENSORS[3:10]), has_slots="slots" in known,
     )  # fmt: skip
     # an absent tensor is a pointer the kernel never follows
     pointers = (
@@ -538,7 +586,7 @@ def _plan(tensors: tuple[Any, ...], aligned: bool, window_size: int, window_kind
         "v",
         "out",
         *_TENSORS[3:10],
-        *(name if name in known else "q" for name in ("query_map", "key_map", "query_gate", "key_gate", "log_weight", "start")),
+        *(name if name in known else "q" for name in ("query_map", "key_map", "query_gate", "key_gate", "log_weight", "start", "slots")),
     )
     log_weight = stride.get("log_weight", stride["q"])
     numbers = (*(stride[name][axis] for name in "qkv" for axis in (0, 2)), *log_weight[:2], stride["start"][0] if "start" in known else 0, scale)
@@ -548,13 +596,14 @@ def _plan(tensors: tuple[Any, ...], aligned: bool, window_size: int, window_kind
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, sink_k: Tensor, sink_v: Tensor, kv: Tensor, z: Tensor, lengths: Tensor, query_map: Tensor | None, key_map: Tensor | None,
-    log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None, window_size: int, window_kind: str, scale: float, reference: str,
+    log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None, slots: Tensor | None, window_size: int, window_kind: str, scale: float, reference: str,
 ) -> Tensor:  # fmt: skip
     aligned = all(x.data_ptr() % 16 == 0 for x in (k, v, ring_k, ring_v, sink_k, sink_v))
-    aligned &= all(stride * q.element_size() % 16 == 0 for stride in (q.shape[-1], k.stride(0), k.stride(2), v.stride(0), v.stride(2)))
+    strides = (q.shape[-1], k.stride(2), v.stride(2), *(x.stride(0) for x in (k, v, ring_k, ring_v, sink_k, sink_v)))
+    aligned &= all(stride * q.element_size() % 16 == 0 for stride in strides)
     weight = None if query_map is None else log_weight.expand(q.shape[0], q.shape[2], 1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    tensors = (q, k, v, ring_k, ring_v, sink_k, sink_v, kv, z, lengths, query_map, key_map, weight, query_gate, key_gate, start)
+    tensors = (q, k, v, ring_k, ring_v, sink_k, sink_v, kv, z, lengths, query_map, key_map, weight, query_gate, key_gate, start, slots)
     _plan(signature(*tensors), aligned, window_size, window_kind, scale, reference)(*tensors, out)
     return out
 
@@ -565,21 +614,21 @@ _op = torch.library.custom_op(
     _launch,
     mutates_args=("ring_k", "ring_v", "sink_k", "sink_v", "kv", "z", "lengths"),
     schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) ring_k, Tensor(b!) ring_v, Tensor(c!) sink_k, Tensor(d!) sink_v, Tensor(e!) kv, Tensor(f!) z, Tensor(g!) lengths, "
-    "Tensor? query_map, Tensor? key_map, Tensor log_weight, Tensor? query_gate, Tensor? key_gate, Tensor? start, SymInt window_size, str window_kind, float scale, str reference) -> Tensor",
+    "Tensor? query_map, Tensor? key_map, Tensor log_weight, Tensor? query_gate, Tensor? key_gate, Tensor? start, Tensor? slots, SymInt window_size, str window_kind, float scale, str reference) -> Tensor",
 )
 
 
 @_op.register_fake
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, sink_k: Tensor, sink_v: Tensor, kv: Tensor, z: Tensor, lengths: Tensor, query_map: Tensor | None, key_map: Tensor | None,
-    log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None, window_size: int, window_kind: str, scale: float, reference: str,
+    log_weight: Tensor, query_gate: Tensor | None, key_gate: Tensor | None, start: Tensor | None, slots: Tensor | None, window_size: int, window_kind: str, scale: float, reference: str,
 ) -> Tensor:  # fmt: skip
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 def triton_linear_attention_step(
     q: Tensor, k: Tensor, v: Tensor, state: Any, window_size: int, window_kind: str, scale: float, query_map: Tensor | None, key_map: Tensor | None, linear_log_weight: Tensor,
-    query_gate: Tensor | None, key_gate: Tensor | None, reference: str, start: Tensor | None,
+    query_gate: Tensor | None, key_gate: Tensor | None, reference: str, start: Tensor | None, slots: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """See `linear_attention_step`; `step_refusal` must have returned None."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -587,7 +636,7 @@ def triton_linear_attention_step(
     run = _op if torch.compiler.is_compiling() else _launch
     return run(
         q.detach(), k.detach(), v.detach(), state.k, state.v, state.sink_k, state.sink_v, state.kv, state.z, state.lengths, maps[0], maps[1], linear_log_weight.detach(), maps[2], maps[3],
-        start, window_size, window_kind, scale, reference,
+        start, None if slots is None else slots.contiguous(), window_size, window_kind, scale, reference,
     )  # fmt: skip
 
 
@@ -598,35 +647,48 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
         arch: 10 * major + minor of the compute capability; blocks do not depend on it, what spills does.
     """
     pointers = dict.fromkeys(("Q", "K", "V", "OUT", "RING_K", "RING_V", "SINK_K", "SINK_V"), "*bf16")
-    pointers |= dict.fromkeys(("KV", "Z", "QUERY_MAP", "KEY_MAP", "QUERY_GATE", "KEY_GATE", "LOG_WEIGHT"), "*fp32") | {"LENGTHS": "*i64", "START": "*i64"}
+    pointers |= dict.fromkeys(("KV", "Z", "QUERY_MAP", "KEY_MAP", "QUERY_GATE", "KEY_GATE", "LOG_WEIGHT"), "*fp32")
+    pointers |= dict.fromkeys(("LENGTHS", "START", "SLOTS"), "*i64")
     numbers = dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head"), "i32:16")
     signature = pointers | numbers | {"weight_row": "i32", "weight_head": "i32", "start_row": "i32", "scale": "fp32"}
     configs = []
-    #    head_dim, F/2, query heads, key heads, batch, window kind, window size, sinks, default form (else LoLCATs': a state per query head)
-    for D, F2, H, G, B, kind, C, A, default in (
-        (128, 128, 32, 8, 1, "block", 64, 4, True),
-        (128, 128, 32, 8, 64, "block", 64, 4, True),
-        (128, 64, 32, 8, 1, "block", 64, 4, True),
-        (128, 64, 32, 8, 64, "block", 64, 4, True),
-        (128, 64, 32, 8, 64, "block", 64, 0, False),
-        (128, 64, 32, 8, 64, "sliding", 64, 4, True),
-        (128, 0, 32, 8, 64, "block", 64, 4, True),
-        (64, 64, 9, 3, 64, "block", 64, 4, True),
-        (32, 32, 8, 8, 1, "block", 64, 4, True),
-        (96, 96, 32, 32, 64, "block", 64, 4, True),
-        (256, 256, 8, 4, 64, "block", 64, 4, True),
+    #    head_dim, F/2, query heads, key heads, batch, window kind, window size, sinks, default form (else LoLCATs': a state per query head), in a pool
+    for D, F2, H, G, B, kind, C, A, default, pool in (
+        (128, 128, 32, 8, 1, "block", 64, 4, True, False),
+        (128, 128, 32, 8, 64, "block", 64, 4, True, False),
+        (128, 64, 32, 8, 1, "block", 64, 4, True, False),
+        (128, 64, 32, 8, 64, "block", 64, 4, True, False),
+        (128, 64, 32, 8, 64, "block", 64, 0, False, False),
+        (128, 64, 32, 8, 64, "sliding", 64, 4, True, False),
+        (128, 0, 32, 8, 64, "block", 64, 4, True, False),
+        (64, 64, 9, 3, 64, "block", 64, 4, True, False),
+        (32, 32, 8, 8, 1, "block", 64, 4, True, False),
+        (96, 96, 32, 32, 64, "block", 64, 4, True, False),
+        (256, 256, 8, 4, 64, "block", 64, 4, True, False),
+        (128, 128, 32, 8, 64, "block", 64, 4, True, True),
+        (128, 64, 32, 8, 1, "block", 64, 4, True, True),
+        (128, 64, 32, 8, 64, "block", 64, 4, True, True),
+        (128, 64, 32, 8, 64, "block", 64, 0, False, True),
+        (128, 64, 32, 8, 64, "sliding", 64, 4, True, True),
+        (64, 64, 9, 3, 64, "block", 64, 4, True, True),
+        (256, 256, 8, 4, 64, "block", 64, 4, True, True),
     ):
         state_heads = G if default else H
         num_slots = 0 if C == 0 else (2 * C if kind == "block" else C) + 1
+        rows = (G * num_slots * D,) * 2 + (G * A * D,) * 2 + (state_heads * 2 * F2 * D, state_heads * 4 * F2, state_heads * 16)
+        if pool:  # a request's tensors lie in one page
+            page = sum(size * width for size, width in zip(rows, (2, 2, 2, 2, 4, 4, 8), strict=True))
+            rows = tuple(page // width for width in (2, 2, 2, 2, 4, 4, 8))
         constants, options = _constants(
             B * state_heads, state_heads, G, H // state_heads, D, F2, C, kind, num_slots, A, 16,
-            gated=default and F2 > 0, absolute=default, padded=True, aligned=True, exact=False,
+            gated=default and F2 > 0, absolute=default, padded=not pool, aligned=True, exact=False, rows=rows, has_slots=pool,
         )  # fmt: skip
         # Some words, most of them addresses in the part that folds a block, once in `window_size` steps: where registers are limited so that two blocks fit a
         # multiprocessor, and where maps are large. On 8.x, where that part has no asynchronous tensor cores, more of them.
         if arch < 90:
             max_stack = 224 if "maxnreg" in options else 48
         else:
-            max_stack = 128 if D == 256 else 64 if "maxnreg" in options or D * F2 == 128 * 128 else 0
-        configs.append((f"decode-d{D}-f{F2}-h{H}-g{G}-b{B}-{kind}{C}" + ("" if default else "-lolcats"), decode_step, signature, constants, options, max_stack))
+            max_stack = 128 if D == 256 else 80 if "maxnreg" in options else 64 if D * F2 == 128 * 128 else 0
+        name = f"decode-d{D}-f{F2}-h{H}-g{G}-b{B}-{kind}{C}" + ("" if default else "-lolcats") + "-pool" * pool
+        configs.append((name, decode_step, signature, constants, options, max_stack))
     return configs

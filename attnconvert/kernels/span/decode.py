@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from attnconvert.kernels.choice import HAS_TRITON, Impl, use_triton
+from attnconvert.kernels.pool import check_slots, rows_are_whole, step_in_pool
 from attnconvert.kernels.span.reference import attend
 from attnconvert.kernels.span.slots import ring_size
 
@@ -68,6 +69,13 @@ def span_layout(
     first = [sum(rings[:head]) + head * num_sinks for head in range(len(rings))]
     table = torch.tensor(list(zip(first, rings, alphas, betas, leasts, strict=True)), dtype=torch.int32, device=device)
     return SpanLayout(alphas, betas, leasts, num_sinks, capacity, rings, table)
+
+
+def empty_state(batch_size: int, head_dim: int, layout: SpanLayout, dtype: torch.dtype) -> SpanState:
+    """The state before the first token, on the layout's device."""
+    device = layout.table.device
+    slots = torch.zeros(batch_size, layout.num_slots, head_dim, dtype=dtype, device=device)
+    return SpanState(slots, slots.clone(), torch.zeros(batch_size, dtype=torch.int64, device=device))
 
 
 def resized(state: SpanState, old: SpanLayout, capacity: int) -> tuple[SpanState, SpanLayout]:
@@ -132,17 +140,19 @@ def span_attention_extend(
 
 def span_attention_step(
     q: Tensor, k: Tensor, v: Tensor, state: SpanState, layout: SpanLayout, *, scale: float, start: Tensor | None = None, active: Tensor | None = None,
-    gate: Tensor | None = None, impl: Impl = "auto",
+    gate: Tensor | None = None, slots: Tensor | None = None, impl: Impl = "auto",
 ) -> Tensor:  # fmt: skip
     """Attention of the next token of each row; no gradients. Waits for nothing and moves no tensor, so it can be captured in a CUDA graph.
 
     Args:
         q: [B, 1, H, D]. k, v: [B, 1, G, D].
-        state: changed in place.
+        state: changed in place. Its rows may lie apart: all dimensions but the first are contiguous.
         layout: has room for the token.
         start: [B, 1] int64 or None. A row with a positive start has a padding token: its output is 0 and its state stays as it is.
         active: bool [B, 1, U], the units that each row uses; U = G or H; None = all. Triton reads no keys of a KV head that a row does not use.
         gate: [B, 1, U], factors of the units, or None for 1; only beside `active`.
+        slots: [B] int64 or None. Row b of the batch uses row slots[b] of the state, which then has any number of rows; no two use the same. -1 =
+            the row is padding: its output is 0, and it has no state.
         impl: `reference` (PyTorch, any device), `triton`, or `auto`: triton for bf16 and fp16 on CUDA where it can, with the reason
             logged where it cannot.
 
@@ -150,19 +160,24 @@ def span_attention_step(
         [B, 1, H, D] in q's dtype.
 
     Raises:
-        ValueError: more than one token a row, a state or units of another shape, or `triton` where it cannot run.
+        ValueError: more than one token a row, a state, units or slots of another shape, or `triton` where it cannot run.
     """
     if q.shape[1] != 1:
         raise ValueError(f"a decode step takes one token a row, got {q.shape[1]}; use span_attention_extend for more")
-    if (state.k.shape[0], state.k.shape[1], len(layout.rings)) != (q.shape[0], layout.num_slots, k.shape[2]):
+    check_slots(slots, q.shape[0])
+    if (state.k.shape[1], len(layout.rings)) != (layout.num_slots, k.shape[2]) or (slots is None and state.k.shape[0] != q.shape[0]):
         raise ValueError("the state was made for another batch size, number of heads or layout")
     _check_units(q, k, active, gate)
     if not use_triton(impl, q, lambda: _refusal(q, k, v, state), "the decode step of attention spans"):
+
+        def step(state: SpanState, start: Tensor | None) -> Tensor:
+            return _step(q, k, v, state, layout, scale, start)
+
         with torch.no_grad():
-            return _routed(_step(q, k, v, state, layout, scale, start), active, gate)
+            return _routed(step(state, start) if slots is None else step_in_pool(step, state, slots, start), active, gate)
     from attnconvert.kernels.span.triton_decode import triton_span_attention_step
 
-    return triton_span_attention_step(q, k, v, state, layout, scale, start, active, gate)
+    return triton_span_attention_step(q, k, v, state, layout, scale, start, active, gate, slots)
 
 
 def _check_units(q: Tensor, k: Tensor, active: Tensor | None, gate: Tensor | None) -> None:
@@ -200,8 +215,8 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor, state: SpanState) -> str | None:
     """Why the Triton form cannot take this step, or None."""
     if not q.dtype == k.dtype == v.dtype == state.k.dtype == state.v.dtype:
         return f"q, k, v and the state have several dtypes: {q.dtype}, {k.dtype}, {v.dtype}, {state.k.dtype}"
-    if not all(tensor.is_contiguous() for tensor in state):
-        return "a tensor of the state is not contiguous"
+    if not all(rows_are_whole(tensor) for tensor in state):
+        return "a row of the state is not contiguous"
     refusal: str | None = _kernel_refusal(q.device.type, q.dtype, q.shape[-1], q.shape[2] // k.shape[2])
     return refusal
 

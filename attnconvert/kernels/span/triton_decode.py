@@ -44,18 +44,24 @@ def _of(column, every, head):
 
 @triton.jit
 def span_decode(
-    Q, K, V, CACHE_K, CACHE_V, LENGTH, TABLE, START, ACTIVE, PART, STATS, COUNT,
-    q_row, q_head, k_row, k_head, v_row, v_head, start_row, active_row, num_slots, split, scale,
-    SINKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, UNITS: tl.constexpr,
+    Q, K, V, CACHE_K, CACHE_V, LENGTH, TABLE, START, ACTIVE, SLOTS, PART, STATS, COUNT,
+    q_row, q_head, k_row, k_head, v_row, v_head, start_row, active_row, cache_k_row, cache_v_row, length_row, split, scale,
+    SINKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, UNITS: tl.constexpr, HAS_SLOTS: tl.constexpr,
     ROWS: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs of all KV heads, B). PART [B, programs, GROUP, D] and STATS [B, programs, GROUP, 2], maximum (base 2) and sum, are fp32.
 
-    ACTIVE [B, UNITS], KV heads or query heads, says what is used; UNITS = 0: everything.
+    ACTIVE [B, UNITS], KV heads or query heads, says what is used; UNITS = 0: everything. With HAS_SLOTS, SLOTS [B] says which row of the state a row of the
+    batch uses; -1: none, it is padding, and nothing is written.
     """
     program = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    position = tl.load(LENGTH + b)
+    state_row = b
+    if HAS_SLOTS:
+        state_row = tl.load(SLOTS + b)
+        position = tl.load(LENGTH + state_row * length_row, mask=state_row >= 0, other=0)
+    else:
+        position = tl.load(LENGTH + b * length_row)
     every = tl.arange(0, BG)
     table = TABLE + every * 5
     begins = tl.load(table, mask=every < KV_HEADS, other=0)
@@ -84,7 +90,10 @@ def span_decode(
     num_keys = (num_sinks + tl.maximum(position - low, 0).to(tl.int32)) * _of(uses, every, head)
     lo = mine * split
     hi = tl.minimum(lo + split, num_keys)
-    if (mine == 0) | (lo < num_keys):
+    has_part = (mine == 0) | (lo < num_keys)
+    if HAS_SLOTS:
+        has_part = has_part & (state_row >= 0)
+    if has_part:
         turn = tl.maximum(ring, 1)
         oldest = ((low - SINKS) % turn).to(tl.int32)
         d = tl.arange(0, BD)
@@ -92,7 +101,8 @@ def span_decode(
         d_ok = d < D
         q_mask = row_ok[:, None] & d_ok[None, :]
         q = tl.load(Q + b * q_row + (head * GROUP + row)[:, None] * q_head + d[None, :], mask=q_mask, other=0.0)
-        slots = (b * num_slots + begin) * D
+        CACHE_K += state_row * cache_k_row + begin.to(tl.int64) * D
+        CACHE_V += state_row * cache_v_row + begin.to(tl.int64) * D
 
         new_key = tl.load(K + b * k_row + head * k_head + d, mask=d_ok, other=0.0)
         new_value = tl.load(V + b * v_row + head * v_head + d, mask=d_ok, other=0.0)
@@ -105,7 +115,7 @@ def span_decode(
             seen = n < hi
             recent = oldest + n - num_sinks
             slot = tl.where(n < num_sinks, n, SINKS + tl.where(recent >= turn, recent - turn, recent))
-            at = slots + slot[:, None] * D + d[None, :]
+            at = slot[:, None] * D + d[None, :]
             mask = seen[:, None] & d_ok[None, :]
             keys = tl.load(CACHE_K + at, mask=mask, other=0.0)
             values = tl.load(CACHE_V + at, mask=mask, other=0.0)
@@ -128,17 +138,17 @@ def span_decode(
             if PADDED:  # a scalar condition goes into a bound: the interpreter cannot combine it with a mask
                 limit = tl.where(tl.load(START + b * start_row) <= 0, D, 0)
             place = tl.where(position < SINKS, position, SINKS + (position - SINKS) % turn).to(tl.int32)
-            tl.store(CACHE_K + slots + place * D + d, new_key, mask=d < limit)
-            tl.store(CACHE_V + slots + place * D + d, new_value, mask=d < limit)
+            tl.store(CACHE_K + place * D + d, new_key, mask=d < limit)
+            tl.store(CACHE_V + place * D + d, new_value, mask=d < limit)
 
 
 @triton.jit
 def span_merge(
-    PART, STATS, COUNT, OUT, LENGTH, TABLE, START, ACTIVE, GATE, start_row, active_row, gate_row, num_programs, split,
-    SINKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, UNITS: tl.constexpr, GATED: tl.constexpr,
+    PART, STATS, COUNT, OUT, LENGTH, TABLE, START, ACTIVE, SLOTS, GATE, start_row, active_row, gate_row, length_row, num_programs, split,
+    SINKS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, UNITS: tl.constexpr, HAS_SLOTS: tl.constexpr, GATED: tl.constexpr,
     BG: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, B): the output of one query head of one row, OUT [B, H, D] contiguous. ACTIVE as in `span_decode`, GATE [B, UNITS] where GATED."""
+    """Grid (H, B): the output of one query head of one row, OUT [B, H, D] contiguous. ACTIVE and SLOTS as in `span_decode`, GATE [B, UNITS] where GATED."""
     h = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     head = h // GROUP
@@ -151,6 +161,9 @@ def span_merge(
     if UNITS > 0:
         unit = h // (KV_HEADS * GROUP // UNITS)
         used = tl.load(ACTIVE + b * active_row + unit).to(tl.int32)
+    if HAS_SLOTS:
+        used = used * (tl.load(SLOTS + b) >= 0).to(tl.int32)
+    if UNITS > 0 or HAS_SLOTS:
         count = count * used
     d = tl.arange(0, BD)
     largest = tl.full([1], float("-inf"), tl.float32)
@@ -169,7 +182,7 @@ def span_merge(
         total = total * shrink + tl.sum(weights * sums, 0)
         out = out * shrink + tl.sum(weights[:, None] * parts, 0)
         largest = new_largest
-    if UNITS > 0:
+    if UNITS > 0 or HAS_SLOTS:
         total = tl.where(used != 0, total, float("inf"))
     factor = 1.0 / total
     if GATED:
@@ -181,7 +194,13 @@ def span_merge(
         step = valid.to(tl.int64)
     tl.store(OUT + (b * (KV_HEADS * GROUP) + h) * D + d, (out * factor).to(OUT.dtype.element_ty), mask=d < D)
     if h == 0:
-        tl.store(LENGTH + b, tl.load(LENGTH + b) + step)
+        state_row = b
+        exists = True
+        if HAS_SLOTS:
+            state_row = tl.load(SLOTS + b)
+            exists = state_row >= 0
+        if exists:
+            tl.store(LENGTH + state_row * length_row, tl.load(LENGTH + state_row * length_row) + step)
 
 
 def step_refusal(device_type: str, dtype: torch.dtype, head_dim: int, group: int) -> str | None:
@@ -208,12 +227,13 @@ def _num_programs(rings: tuple[int, ...], num_sinks: int, split: int) -> int:
 
 
 def _constants(
-    kv_heads: int, group: int, head_dim: int, num_sinks: int, num_parts: int, *, padded: bool, exact: bool, units: int = 0, gated: bool = False
+    kv_heads: int, group: int, head_dim: int, num_sinks: int, num_parts: int, *, padded: bool, exact: bool, units: int = 0, gated: bool = False,
+    has_slots: bool = False,
 ) -> tuple[dict[str, Any], dict[str, int], dict[str, Any], dict[str, int]]:  # fmt: skip
     """Constexprs and launch options of `span_decode` and of `span_merge`. num_parts: most programs of a KV head. units: 0 = all are used."""
     BD = max(16, triton.next_power_of_2(head_dim))
     shared = {
-        "SINKS": num_sinks, "KV_HEADS": kv_heads, "GROUP": group, "D": head_dim, "PADDED": padded, "UNITS": units,
+        "SINKS": num_sinks, "KV_HEADS": kv_heads, "GROUP": group, "D": head_dim, "PADDED": padded, "UNITS": units, "HAS_SLOTS": has_slots,
         "BG": triton.next_power_of_2(kv_heads), "BD": BD,
     }  # fmt: skip
     ROWS = max(16, triton.next_power_of_2(group))
@@ -223,7 +243,7 @@ def _constants(
     return decode, options, merge, {"num_warps": 4, "num_stages": 2}
 
 
-_TENSORS = ("q", "k", "v", "cache_k", "cache_v", "length", "table", "start", "active", "gate")
+_TENSORS = ("q", "k", "v", "cache_k", "cache_v", "length", "table", "start", "active", "slots", "gate")
 
 
 @functools.lru_cache(MAX_PLANS)
@@ -241,28 +261,30 @@ def _plan(tensors: tuple[Any, ...], rings: tuple[int, ...], num_sinks: int, scal
     scratch.add("count", (B, G), torch.int32)
     decode, decode_options, merge, merge_options = _constants(
         G, H // G, D, num_sinks, _num_programs((max(rings),), num_sinks, split), padded="start" in known, exact=dtype == torch.float32,
-        units=shape["active"][2] if "active" in known else 0, gated="gate" in known,
+        units=shape["active"][2] if "active" in known else 0, gated="gate" in known, has_slots="slots" in known,
     )  # fmt: skip
     # An absent tensor is a pointer the kernel never follows.
-    (start, start_row), (active, active_row), (gate, gate_row) = ((name, stride[name][0]) if name in known else ("length", 0) for name in _TENSORS[-3:])
+    (start, start_row), (active, active_row), (slots, _), (gate, gate_row) = (
+        (name, stride[name][0]) if name in known else ("length", 0) for name in _TENSORS[-4:]
+    )
     strides = [stride[name][axis] for name in "qkv" for axis in (0, 2)]
     launches = [
         Launch(
-            span_decode, (programs, B), ("q", "k", "v", "cache_k", "cache_v", "length", "table", start, active, "part", "stats", "count", *strides, start_row, active_row,
-            shape["cache_k"][1], split, scale),
+            span_decode, (programs, B), ("q", "k", "v", "cache_k", "cache_v", "length", "table", start, active, slots, "part", "stats", "count", *strides, start_row, active_row,
+            *(stride[name][0] for name in ("cache_k", "cache_v", "length")), split, scale),
             decode, decode_options,
         ),
-        Launch(span_merge, (H, B), ("part", "stats", "count", "out", "length", "table", start, active, gate, start_row, active_row, gate_row, programs, split), merge, merge_options),
+        Launch(span_merge, (H, B), ("part", "stats", "count", "out", "length", "table", start, active, slots, gate, start_row, active_row, gate_row, stride["length"][0], programs, split), merge, merge_options),
     ]  # fmt: skip
     return Plan(device, (*_TENSORS, "out", "scratch"), launches, {"scratch": scratch}), scratch
 
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor, table: Tensor, start: Tensor | None, active: Tensor | None,
-    gate: Tensor | None, rings: list[int], num_sinks: int, scale: float,
+    slots: Tensor | None, gate: Tensor | None, rings: list[int], num_sinks: int, scale: float,
 ) -> Tensor:  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    tensors = (q, k, v, cache_k, cache_v, length, table, start, active, gate)
+    tensors = (q, k, v, cache_k, cache_v, length, table, start, active, slots, gate)
     plan, scratch = _plan(signature(*tensors), tuple(rings), num_sinks, scale)
     plan(*tensors, out, scratch.allocate(q.device))
     return out
@@ -273,7 +295,7 @@ _op = torch.library.custom_op(
     f"{NAMESPACE}::span_attention_step",
     _launch,
     mutates_args=("cache_k", "cache_v", "length"),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor(c!) length, Tensor table, Tensor? start, Tensor? active, Tensor? gate, "
+    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor(c!) length, Tensor table, Tensor? start, Tensor? active, Tensor? slots, Tensor? gate, "
     "SymInt[] rings, SymInt num_sinks, float scale) -> Tensor",
 )
 
@@ -281,18 +303,20 @@ _op = torch.library.custom_op(
 @_op.register_fake
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor, table: Tensor, start: Tensor | None, active: Tensor | None,
-    gate: Tensor | None, rings: list[int], num_sinks: int, scale: float,
+    slots: Tensor | None, gate: Tensor | None, rings: list[int], num_sinks: int, scale: float,
 ) -> Tensor:  # fmt: skip
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 def triton_span_attention_step(
-    q: Tensor, k: Tensor, v: Tensor, state: Any, layout: Any, scale: float, start: Tensor | None, active: Tensor | None, gate: Tensor | None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, state: Any, layout: Any, scale: float, start: Tensor | None, active: Tensor | None, gate: Tensor | None,
+    slots: Tensor | None,
+) -> Tensor:  # fmt: skip
     """See `span_attention_step`; `step_refusal` must have returned None."""
-    q, k, v, active, gate = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, active, gate))
+    q, k, v, active, gate, slots = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, active, gate, slots))
     run = _op if torch.compiler.is_compiling() else _launch
-    return run(q.detach(), k.detach(), v.detach(), state.k, state.v, state.length, layout.table, start, active, gate, layout.rings, layout.num_sinks, scale)
+    tensors = (q.detach(), k.detach(), v.detach(), state.k, state.v, state.length, layout.table, start, active, slots, gate)
+    return run(*tensors, layout.rings, layout.num_sinks, scale)
 
 
 def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
@@ -302,10 +326,10 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
         arch: 10 * major + minor of the compute capability; blocks do not depend on it.
     """
     scratch = {"PART": "*fp32", "STATS": "*fp32", "COUNT": "*i32"}
-    common = {"LENGTH": "*i64", "TABLE": "*i32", "START": "*i64", "ACTIVE": "*i64", "start_row": "i32", "active_row": "i32"}
+    common = dict.fromkeys(("LENGTH", "START", "ACTIVE", "SLOTS"), "*i64") | {"TABLE": "*i32"} | dict.fromkeys(("start_row", "active_row", "length_row"), "i32")
     decode_signature = {**dict.fromkeys(("Q", "K", "V", "CACHE_K", "CACHE_V"), "*bf16"), **common, **scratch}
     decode_signature |= dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head"), "i32:16")
-    decode_signature |= {"num_slots": "i32:16", "split": "i32:16", "scale": "fp32"}
+    decode_signature |= {"cache_k_row": "i32:16", "cache_v_row": "i32:16", "split": "i32:16", "scale": "fp32"}
     merge_signature = {
         "PART": "*fp32",
         "STATS": "*fp32",
@@ -318,23 +342,28 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
         "split": "i32:16",
     }
     configs = []
-    for D, H, G, sinks, parts, padded, units, gated in (
-        (128, 32, 8, 64, 64, True, 0, False),
-        (128, 32, 8, 64, 64, False, 0, False),
-        (128, 32, 32, 64, 8, True, 0, False),
-        (64, 9, 3, 64, 64, True, 0, False),
-        (64, 32, 8, 4, 16, True, 0, False),
-        (32, 8, 8, 64, 64, True, 0, False),
-        (96, 32, 32, 64, 64, True, 0, False),
-        (256, 8, 4, 64, 32, True, 0, False),
-        (256, 64, 1, 64, 32, True, 0, False),
-        (128, 32, 8, 0, 64, True, 8, False),
-        (128, 32, 8, 0, 64, True, 32, True),
-        (128, 32, 32, 0, 64, True, 32, False),
-        (64, 9, 3, 0, 64, True, 9, True),
+    for D, H, G, sinks, parts, padded, units, gated, pool in (
+        (128, 32, 8, 64, 64, True, 0, False, False),
+        (128, 32, 8, 64, 64, False, 0, False, False),
+        (128, 32, 32, 64, 8, True, 0, False, False),
+        (64, 9, 3, 64, 64, True, 0, False, False),
+        (64, 32, 8, 4, 16, True, 0, False, False),
+        (32, 8, 8, 64, 64, True, 0, False, False),
+        (96, 32, 32, 64, 64, True, 0, False, False),
+        (256, 8, 4, 64, 32, True, 0, False, False),
+        (256, 64, 1, 64, 32, True, 0, False, False),
+        (128, 32, 8, 0, 64, True, 8, False, False),
+        (128, 32, 8, 0, 64, True, 32, True, False),
+        (128, 32, 32, 0, 64, True, 32, False, False),
+        (64, 9, 3, 0, 64, True, 9, True, False),
+        (128, 32, 8, 64, 64, False, 0, False, True),
+        (64, 9, 3, 64, 64, False, 0, False, True),
+        (256, 8, 4, 64, 32, False, 0, False, True),
+        (128, 32, 8, 0, 64, False, 32, True, True),
     ):
-        decode, decode_options, merge, merge_options = _constants(G, H // G, D, sinks, parts, padded=padded, exact=False, units=units, gated=gated)
-        name = f"d{D}-h{H}-g{G}-a{sinks}" + ("" if padded else "-unpadded") + (f"-u{units}" if units else "") + ("-gated" if gated else "")
+        found = _constants(G, H // G, D, sinks, parts, padded=padded, exact=False, units=units, gated=gated, has_slots=pool)
+        decode, decode_options, merge, merge_options = found
+        name = f"d{D}-h{H}-g{G}-a{sinks}" + ("" if padded else "-unpadded") + (f"-u{units}" if units else "") + "-gated" * gated + "-pool" * pool
         routing = ({"ACTIVE": "*i1"} if units else {}) | ({"GATE": "*fp32"} if gated else {})
         configs.append((f"span_decode-{name}", span_decode, decode_signature | {"ACTIVE": routing.get("ACTIVE", "*i64")}, decode, decode_options, 0))
         configs.append((f"span_merge-{name}", span_merge, merge_signature | routing, merge, merge_options, 0))

@@ -36,6 +36,8 @@ class CoreCacheLayer(CacheLayerMixin):
         state: the core's tensors; empty before the first token.
         layout: what the core has to know about them besides.
         capacity: tokens, padding included, that the state's tensors have room for; None = any number.
+        slots: rows of the state that the batch uses, int64 [B] on its device, see `attnconvert.kernels.pool`; None = the state has the batch's rows. Set by a
+            serving engine, which owns the tensors: single tokens only, and whatever else is done to rows it does itself.
         num_tokens: tokens seen, padding included (transformers derives positions and mask sizes from it).
     """
 
@@ -50,6 +52,7 @@ class CoreCacheLayer(CacheLayerMixin):
         self.state: dict[str, Tensor] = {}
         self.layout: Any = None
         self.capacity: int | None = None
+        self.slots: Tensor | None = None
         self.num_tokens = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -74,13 +77,21 @@ class CoreCacheLayer(CacheLayerMixin):
         # the full length: most models build one mask for all layers, and kept layers need it whole
         return self.num_tokens + query_length, 0
 
+    def refuse_slots(self, what: str) -> None:
+        """Raises ValueError where the state's rows are not the batch's."""
+        if self.slots is not None:
+            raise ValueError(f"{what} on rows of a pool (`slots` is set): the serving engine that owns the pool has to take rows out and put them back")
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.refuse_slots("a change of the batch")
         self.state = {name: function(tensor) for name, tensor in self.state.items()}
 
     def reset(self) -> None:
+        self.refuse_slots("a reset")
         self.state, self.layout, self.capacity, self.num_tokens, self.is_initialized = {}, None, None, 0, False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.refuse_slots("beams")
         for tensor in self.state.values():
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attnconvert.kernels.linear.api import linear_attention
 from attnconvert.kernels.linear.decode import linear_attention_step
-from attnconvert.kernels.linear.reference import LinearState, attention_weight_loss, branch_log_ratio
+from attnconvert.kernels.linear.reference import LinearState, attention_weight_loss, branch_log_ratio, empty_state
 from attnconvert.surgery.runtime.seam import AttentionCore, SeamInputs
 
 
@@ -29,6 +29,7 @@ class HedgehogAttention(AttentionCore):
         softmax_weight: float | None,
     ):  # fmt: skip
         super().__init__()
+        self.num_key_value_heads, self.head_dim = num_key_value_heads, head_dim
         self.window_size, self.window_kind, self.num_sinks = int(window["size"]), str(window["kind"]), sinks
         self.needs_calibration = linear and softmax_weight is None
         self._log_ratio: tuple[Tensor | float, Tensor | float] = (0.0, 0.0)  # sums of `branch_log_ratio` so far
@@ -58,8 +59,12 @@ class HedgehogAttention(AttentionCore):
         layer = inputs.layer
         state = LinearState(**layer.state) if layer is not None and layer.state else None
         if state is not None and q.shape[2] == 1 and not torch.is_grad_enabled():
-            step = linear_attention_step(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), state, **self._options(inputs.scaling), start=inputs.start)
+            assert layer is not None
+            options = self._options(inputs.scaling)
+            step = linear_attention_step(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), state, **options, start=inputs.start, slots=layer.slots)
             return step.transpose(1, 2)
+        if layer is not None:
+            layer.refuse_slots("several tokens at once, or gradients,")
         out, final = linear_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -75,6 +80,15 @@ class HedgehogAttention(AttentionCore):
             assert final is not None
             layer.state = final._asdict()
         return out.transpose(1, 2)
+
+    def new_state(self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], Any]:
+        options = self._options(1.0)
+        keys = torch.empty(batch_size, 0, self.num_key_value_heads, self.head_dim, dtype=dtype, device=device)
+        state_heads, half_features = (self.num_key_value_heads, 0) if options["key_map"] is None else options["key_map"].shape[::2]
+        state = empty_state(
+            keys, keys, num_sinks=self.num_sinks, window_size=self.window_size, kind=self.window_kind, num_features=2 * half_features, state_heads=state_heads
+        )
+        return state._asdict(), None
 
     def calibrate(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> None:
         """linear_log_weight = the one at which both branches weigh as in the teacher. Pretrained heads differ by e^10 in it, and one learned from a common start is far off for long."""

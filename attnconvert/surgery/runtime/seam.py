@@ -181,6 +181,20 @@ class AttentionCore(nn.Module):
         """Student attention. q [B, H, T, D], k, v [B, G, T, D] (this call's tokens only) -> [B, H, T, D]; updates `inputs.layer`."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
+    def new_state(self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], Any]:
+        """An empty state and its layout, as a cache layer keeps them: how serving engines make a pool of them, see `attnconvert.kernels.pool`.
+
+        Args:
+            batch_size: rows.
+            max_length: tokens that each row has room for; tensors have the shapes of a cache that was planned for them.
+            dtype: of keys and values.
+            device: where the tensors are.
+
+        Raises:
+            NotImplementedError: decode steps of the core cannot use rows of a pool.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no state that could be part of a pool: its decode steps know the rows of their own batch only")
+
     def calibrate(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> None:
         """Sets start values that depend on data; called once per row of a few calibration rows, shapes as in `forward`. Default: nothing to set."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnconvert.kernels.span.api import span_attention
-from attnconvert.kernels.span.decode import SpanLayout, SpanState, fill, resized, span_attention_extend, span_attention_step, span_layout
+from attnconvert.kernels.span.decode import SpanLayout, SpanState, empty_state, fill, resized, span_attention_extend, span_attention_step, span_layout
 from attnconvert.kernels.span.slots import fixed_point, least_window
 from attnconvert.surgery.runtime.cache import CoreCacheLayer
 from attnconvert.surgery.runtime.seam import AttentionCore, SeamInputs
@@ -37,7 +38,7 @@ class SpanAttention(AttentionCore):
         min_length: int = 0,
     ):  # fmt: skip
         super().__init__()
-        self.num_key_value_heads, self.num_sinks, self.min_length = num_key_value_heads, num_sinks, min_length
+        self.num_key_value_heads, self.head_dim, self.num_sinks, self.min_length = num_key_value_heads, head_dim, num_sinks, min_length
         if alphas is None or betas is None:
             assert alphas is betas, "both numbers of a rule, or neither"
             alphas, betas = 0, 1.0
@@ -73,6 +74,8 @@ class SpanAttention(AttentionCore):
         layer, scale, start = inputs.layer, inputs.scaling, inputs.start
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if layer is None or not layer.state:
+            if layer is not None:
+                layer.refuse_slots("a prompt")
             alpha, beta, least = self._rules(q.device)
             out = span_attention(q, k, v, alpha=alpha, beta=beta, least=least, num_sinks=self.num_sinks, scale=scale, start=start)
             if layer is not None:
@@ -81,11 +84,16 @@ class SpanAttention(AttentionCore):
             return out.transpose(1, 2)
         state, layout = with_room(layer)
         if q.shape[1] == 1 and not torch.is_grad_enabled():
-            out = span_attention_step(q, k, v, state, layout, scale=scale, start=start)
+            out = span_attention_step(q, k, v, state, layout, scale=scale, start=start, slots=layer.slots)
         else:
+            layer.refuse_slots("several tokens at once, or gradients,")
             out, state = span_attention_extend(q, k, v, state, layout, scale=scale, start=start)
             layer.state = state._asdict()
         return out.transpose(1, 2)
+
+    def new_state(self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], Any]:
+        layout = span_layout(self.alphas, self.betas, self.leasts, self.num_sinks, max_length, device)
+        return empty_state(batch_size, self.head_dim, layout, dtype)._asdict(), layout
 
 
 def keep(layer: CoreCacheLayer, state: dict[str, Tensor], layout: SpanLayout) -> None:
@@ -94,10 +102,10 @@ def keep(layer: CoreCacheLayer, state: dict[str, Tensor], layout: SpanLayout) ->
 
 
 def with_room(layer: CoreCacheLayer) -> tuple[SpanState, SpanLayout]:
-    """The stored state, grown first where the tokens that `layer` has counted already would not fit."""
+    """The stored state, grown first where the tokens that `layer` has counted already would not fit. A pool has no batch's length, and does not grow."""
     state, layout = SpanState(**layer.state), layer.layout
     assert isinstance(layout, SpanLayout)
-    if layer.num_tokens > layout.capacity:
+    if layer.slots is None and layer.num_tokens > layout.capacity:
         planned = layer.planned_length or 0
         grown, layout = resized(state, layout, planned if layer.num_tokens <= planned else layer.num_tokens + SPARE_TOKENS)
         keep(layer, layer.state if grown is state else grown._asdict(), layout)  # the same tensors stay the same dict: a CUDA graph is known by it
