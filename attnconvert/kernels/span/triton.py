@@ -116,17 +116,69 @@ def _query_program(ALPHA, BETA, LEAST, T, TILES, B, G, R: tl.constexpr, GP: tl.c
 
 
 @triton.jit
-def _key_range(START, b, t0, alpha, beta, least, T, A, BM: tl.constexpr, BN: tl.constexpr, HAS_START: tl.constexpr):
-    """What queries t0 .. t0 + BM see: (first key of the near blocks, far blocks, all blocks, where sinks begin, their end, keys before which a block is masked)."""
+def _key_ranges(START, b, t0, alpha, beta, least, T, A, BM: tl.constexpr, BN: tl.constexpr, HAS_START: tl.constexpr):
+    """What queries t0 .. t0 + BM see: (sinks, far, low, near, whole, whole_end, blocks).
+
+    Keys from `whole` to `whole_end` are seen by all. Of the `blocks` that need a mask the first `far` are sinks of the first query's document, those before `near`
+    begin at `low`, before which they have no keys, the others at `whole_end`: see `_masked_block`.
+    """
     last = tl.minimum(t0 + BM, T) - 1
     begin, begin_last = _begin(START, b, t0, T, HAS_START), _begin(START, b, last, T, HAS_START)
     low = _edge(t0, begin, alpha, beta, least) // BN * BN
-    far_end = tl.minimum(begin + A, low)
-    far_blocks = tl.cdiv(tl.maximum(far_end - begin, 0), BN)
-    whole_far_end = far_end
-    if HAS_START:
-        whole_far_end = tl.where(begin_last == begin, far_end, 0)  # other documents do not see these sinks
-    return low, far_blocks, far_blocks + tl.cdiv(last + 1 - low, BN), begin, whole_far_end, _edge(last, begin_last, alpha, beta, least)
+    end = low + tl.cdiv(last + 1 - low, BN) * BN
+    whole = tl.minimum(tl.cdiv(_edge(last, begin_last, alpha, beta, least), BN) * BN, end)
+    whole_end = tl.maximum((t0 + 1) // BN * BN, whole)
+    far = tl.cdiv(tl.maximum(tl.minimum(begin + A, low) - begin, 0), BN)
+    near = far + (whole - low) // BN
+    return begin, far, low, near, whole, whole_end, near + (end - whole_end) // BN
+
+
+@triton.jit
+def _masked_block(block, sinks, far, low, near, whole_end, T, BN: tl.constexpr):
+    """(first key, the key from which on there are none) of one of the blocks of `_key_ranges` that need a mask."""
+    at = tl.where(block < far, sinks + block * BN, tl.where(block < near, low + (block - far) * BN, whole_end + (block - near) * BN))
+    return at, tl.where(block < far, low, T)
+
+
+@triton.jit
+def _keys(base, at, on, T, stride, od, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
+    """Rows at .. at + len(on) of keys or values. Where no block is masked none is behind the last row, and pointers differ by a constant."""
+    if MASKED:
+        return _tile(base, at, on, T, stride, od, D, DP)
+    else:
+        pointers = base + at.to(tl.int64) * stride + on[:, None] * stride + od[None, :]
+        if D == DP:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(od < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _attend(
+    acc, largest, total, q, n, begin, edge, K, V, k_st, v_st, sinks, far, low, near, whole, whole_end, blocks, T, A, scale2, od, on,
+    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds blocks of keys, those that need a mask or the others, to sums of values, largest logits and sums of weights.
+
+    A loop without a branch in it is pipelined better.
+    """
+    for block in range(blocks):
+        if MASKED:
+            at, limit = _masked_block(block, sinks, far, low, near, whole_end, T, BN)
+        else:
+            at = whole + block * BN
+        s = tl.dot(q, tl.trans(_keys(K, at, on, T, k_st, od, D, DP, MASKED)), input_precision=PREC)
+        if MASKED:
+            i = at + on
+            s = tl.where(_visible(i[None, :], n[:, None], begin[:, None], edge[:, None], A) & (i < limit)[None, :], s, HIDDEN)
+        new = tl.maximum(largest, tl.max(s, 1) * scale2)
+        p = tl.exp2(s * scale2 - new[:, None])
+        kept = tl.exp2(largest - new)
+        total = total * kept + tl.sum(p, 1)
+        acc *= kept[:, None]
+        acc = tl.dot(p.to(q.dtype), _keys(V, at, on, T, v_st, od, D, DP, MASKED), acc, input_precision=PREC)
+        largest = new
+    return acc, largest, total
 
 
 @triton.jit
@@ -141,7 +193,7 @@ def forward_kernel(
     alpha, beta, least = tl.load(ALPHA + g).to(tl.int64), tl.load(BETA + g).to(tl.int64), tl.load(LEAST + g).to(tl.int64)
     t0 = tile * BM
     od, om, on = tl.arange(0, DP), tl.arange(0, BM), tl.arange(0, BN)
-    low, far_blocks, blocks, sinks, whole_far_end, high = _key_range(START, b, t0, alpha, beta, least, T, A, BM, BN, HAS_START)
+    sinks, far, low, near, whole, whole_end, blocks = _key_ranges(START, b, t0, alpha, beta, least, T, A, BM, BN, HAS_START)
     n = tl.minimum(t0 + om, T - 1)
     begin = _begin(START, b, n, T, HAS_START)
     edge = _edge(n, begin, alpha, beta, least)
@@ -150,26 +202,39 @@ def forward_kernel(
     V += b * v_sb + g.to(tl.int64) * v_sh
     scale2 = scale * LOG2E
     largest, total, acc = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, DP], tl.float32)
-    for block in range(blocks):
-        far = block < far_blocks
-        at = tl.where(far, sinks + block * BN, low + (block - far_blocks) * BN)
-        s = tl.dot(q, tl.trans(_tile(K, at, on, T, k_st, od, D, DP)), input_precision=PREC)
-        whole = tl.where(far, at + BN <= whole_far_end, (at >= high) & (at + BN <= t0 + 1))
-        if not whole:
-            i = at + on
-            seen = _visible(i[None, :], n[:, None], begin[:, None], edge[:, None], A) & (i < tl.where(far, low, T))[None, :]
-            s = tl.where(seen, s, HIDDEN)
-        new = tl.maximum(largest, tl.max(s, 1) * scale2)
-        p = tl.exp2(s * scale2 - new[:, None])
-        kept = tl.exp2(largest - new)
-        total = total * kept + tl.sum(p, 1)
-        acc *= kept[:, None]
-        acc = tl.dot(p.to(q.dtype), _tile(V, at, on, T, v_st, od, D, DP), acc, input_precision=PREC)
-        largest = new
+    acc, largest, total = _attend(
+        acc, largest, total, q, n, begin, edge, K, V, k_st, v_st, sinks, far, low, near, whole, whole_end, (whole_end - whole) // BN, T, A, scale2, od, on,
+        D, DP, BN, PREC, False,
+    )  # fmt: skip
+    acc, largest, total = _attend(
+        acc, largest, total, q, n, begin, edge, K, V, k_st, v_st, sinks, far, low, near, whole, whole_end, blocks, T, A, scale2, od, on, D, DP, BN, PREC, True
+    )
     row_ok = t0 + om < T
     at_out = (b * T + t0) * (G * R) + h
     tl.store(O + at_out * D + om[:, None] * (G * R * D) + od[None, :], (acc / total[:, None]).to(q.dtype), mask=row_ok[:, None] & (od < D)[None, :])
     tl.store(LSE + (b * (G * R) + h) * T + t0 + om, largest + tl.log2(total), mask=row_ok)
+
+
+@triton.jit
+def _query_grad(
+    dq, q, do, n, begin, edge, lse, delta, K, V, k_st, v_st, sinks, far, low, near, whole, whole_end, blocks, T, A, scale2, od, on,
+    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds blocks of keys to the gradients of queries, as `_attend`."""
+    for block in range(blocks):
+        if MASKED:
+            at, limit = _masked_block(block, sinks, far, low, near, whole_end, T, BN)
+        else:
+            at = whole + block * BN
+        k = _keys(K, at, on, T, k_st, od, D, DP, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision=PREC)
+        dp = tl.dot(do, tl.trans(_keys(V, at, on, T, v_st, od, D, DP, MASKED)), input_precision=PREC)
+        if MASKED:
+            i = at + on
+            s = tl.where(_visible(i[None, :], n[:, None], begin[:, None], edge[:, None], A) & (i < limit)[None, :], s, HIDDEN)
+        p = tl.exp2(s * scale2 - lse[:, None])
+        dq = tl.dot((p * (dp - delta[:, None])).to(q.dtype), k, dq, input_precision=PREC)
+    return dq
 
 
 @triton.jit
@@ -184,7 +249,7 @@ def query_grad_kernel(
     alpha, beta, least = tl.load(ALPHA + g).to(tl.int64), tl.load(BETA + g).to(tl.int64), tl.load(LEAST + g).to(tl.int64)
     t0 = tile * BM
     od, om, on = tl.arange(0, DP), tl.arange(0, BM), tl.arange(0, BN)
-    low, far_blocks, blocks, sinks, whole_far_end, high = _key_range(START, b, t0, alpha, beta, least, T, A, BM, BN, HAS_START)
+    sinks, far, low, near, whole, whole_end, blocks = _key_ranges(START, b, t0, alpha, beta, least, T, A, BM, BN, HAS_START)
     n = tl.minimum(t0 + om, T - 1)
     begin = _begin(START, b, n, T, HAS_START)
     edge = _edge(n, begin, alpha, beta, least)
@@ -200,19 +265,13 @@ def query_grad_kernel(
     V += b * v_sb + g.to(tl.int64) * v_sh
     scale2 = scale * LOG2E
     dq = tl.zeros([BM, DP], tl.float32)
-    for block in range(blocks):
-        far = block < far_blocks
-        at = tl.where(far, sinks + block * BN, low + (block - far_blocks) * BN)
-        k = _tile(K, at, on, T, k_st, od, D, DP)
-        s = tl.dot(q, tl.trans(k), input_precision=PREC)
-        dp = tl.dot(do, tl.trans(_tile(V, at, on, T, v_st, od, D, DP)), input_precision=PREC)
-        whole = tl.where(far, at + BN <= whole_far_end, (at >= high) & (at + BN <= t0 + 1))
-        if not whole:
-            i = at + on
-            seen = _visible(i[None, :], n[:, None], begin[:, None], edge[:, None], A) & (i < tl.where(far, low, T))[None, :]
-            s = tl.where(seen, s, HIDDEN)
-        p = tl.exp2(s * scale2 - lse[:, None])
-        dq = tl.dot((p * (dp - delta[:, None])).to(q.dtype), k, dq, input_precision=PREC)
+    dq = _query_grad(
+        dq, q, do, n, begin, edge, lse, delta, K, V, k_st, v_st, sinks, far, low, near, whole, whole_end, (whole_end - whole) // BN, T, A, scale2, od, on,
+        D, DP, BN, PREC, False,
+    )  # fmt: skip
+    dq = _query_grad(
+        dq, q, do, n, begin, edge, lse, delta, K, V, k_st, v_st, sinks, far, low, near, whole, whole_end, blocks, T, A, scale2, od, on, D, DP, BN, PREC, True
+    )
     at_out = ((b * T + t0) * (G * R) + h) * D
     tl.store(DQ + at_out + om[:, None] * (G * R * D) + od[None, :], (dq * scale).to(q.dtype), mask=row_ok[:, None] & (od < D)[None, :])
 
@@ -347,8 +406,8 @@ def _blocks(D: int, narrow: bool, arch: int = 90) -> dict[str, Any]:
         blocks = dict.fromkeys(("forward", "query", "key", "sink"), (32, 32, {"num_warps": 4, "num_stages": 1}))
     elif arch // 10 in (9, 10):
         blocks = {
-            "forward": (128, 64 if DP > 64 else 128, {"num_warps": 8, "num_stages": 2 if DP > 128 else 3}),
-            "query": (128 if DP <= 128 else 64, 64, {"num_warps": 8, "num_stages": 2}),
+            "forward": (64, 64, {"num_warps": 4, "num_stages": 3}) if DP == 128 else (128, 128 if DP <= 64 else 32, {"num_warps": 8, "num_stages": 3}),
+            "query": (128 if DP <= 128 else 64, 64 if DP <= 128 else 32, {"num_warps": 8, "num_stages": 3 if DP == 128 else 2}),
             "key": (64, 64, {"num_warps": 4, "num_stages": 2})
             if DP == 128
             else (64 if DP <= 64 else 32, 128 if DP <= 64 else 64, {"num_warps": 8, "num_stages": 2}),
