@@ -1,4 +1,4 @@
-"""Write docs/results.md, and the tables in README.md, docs/kernels.md and docs/moa.md, from benchmarks/results/*.json. No figure there is typed by hand.
+"""Write docs/results.md, and the tables in README.md, docs/kernels.md and the pages of methods, from benchmarks/results/*.json. No figure there is typed by hand.
 
 python benchmarks/make_results.py
 """
@@ -387,6 +387,68 @@ def moa_search(variant: str, search: dict[str, Any]) -> str:
         f"Search for {variant} %: {search['num_rules']} rules, {search['num_samples']} contexts a length; of {len(search['front'])} plans the one that keeps {kept} did best at {length:,} tokens:\n"
         f"{chosen['validation_loss'] - search['dense_losses'][str(length)]:+.4f} nats a scored token over the model with all keys, before any training. Seconds: {', '.join(f'{name} {took:.0f}' for name, took in search['seconds'].items())}.\n\n"
     )
+
+
+MOH_PPL_GOAL = 1.01
+
+
+def moh() -> str:
+    """Routed heads on whole models, beside the same model with all heads, trained on the same tokens."""
+    found = [(meta, row) for meta, row in load("moh-*.json") if row["name"] == "moh"]
+    text = ""
+    for model in dict.fromkeys(row["model"] for _, row in found):
+        mine = [(meta, row) for meta, row in found if row["model"] == model]
+        body = []
+        for _, row in sorted(mine, key=lambda x: (-int(x[1]["variant"].partition("-")[0]), x[1]["variant"], x[1]["tokens"])):
+            reached = "-" if (row["model"], row["variant"]) != ("demo", "75") else "met" if row["ppl_over_baseline"] <= MOH_PPL_GOAL else "missed"
+            body.append(
+                [
+                    moh_name(row["variant"]), f"{row['tokens'] / 1e6:.2f} M" if row["tokens"] else "0", number(row["ppl"], 3), number(row["ppl_ratio"], 4), number(row["baseline_ppl"], 3),
+                    number(row["ppl_over_baseline"], 4), number(row["kl"], 4), number(row["baseline_kl"], 4), number(row["agreement"], 3), f"{row['skipped']:.0%}",
+                    f"{row['routed_least']:.0%} to {row['routed_most']:.0%}", reached,
+                ]
+            )  # fmt: skip
+        header = [
+            "units",
+            "trained on",
+            "ppl",
+            "over source",
+            "all heads, same data",
+            "ppl over it",
+            "KL",
+            "its KL",
+            "agreement",
+            "skipped",
+            "use of a unit",
+            "goal",
+        ]
+        first = mine[0][1]
+        text += f"### {model}\nPerplexity of the source: {number(first['teacher_ppl'], 3)}, on {first['eval_tokens']:,} held-out tokens. `use of a unit`: the least and the most used one of all layers.\n"
+        if model == "demo":
+            text += f"Goal: with 75 % of the units at most {MOH_PPL_GOAL} x the perplexity of the model with all heads, trained on the same data.\n"
+        text += f"\n{table(header, body)}\n"
+        for line in dict.fromkeys(where(meta) for meta, _ in mine):
+            text += f"{line}\n\n"
+    return "## Figures\n" + text if text else ""
+
+
+def moh_name(variant: str) -> str:
+    percent, kind, router = [*variant.split("-"), "", ""][:3]
+    return f"{percent} % of the {'query' if kind == 'head' else 'KV'} heads{', router ' + router if router else ''}"
+
+
+def moh_routers() -> str:
+    """What each way to choose the units is worth before any training."""
+    found = load("moh-routers-*.json")
+    text = ""
+    for model, variant in dict.fromkeys((row["model"], row["variant"]) for _, row in found):
+        mine = [(meta, row) for meta, row in found if (row["model"], row["variant"]) == (model, variant)]
+        body = [[row["choice"], number(row["ppl_ratio"], 3), number(row["kl"], 3), number(row["agreement"], 3)] for _, row in mine]
+        explained = [share for _, row in mine for share in row["explained"].values()]
+        text += f"{model}, {moh_name(variant)}, {mine[0][1]['eval_tokens']:,} held-out tokens; the fitted maps explain {min(explained):.0%} to {max(explained):.0%} of the variance, by layer:\n\n"
+        text += table(["which heads a token uses", "perplexity ratio", "KL, nats/token", "agreement"], body)
+        text += f"\n{where(mine[0][0])}\n\n"
+    return text
 
 
 def infllm() -> str:
@@ -936,6 +998,48 @@ def plot_kernels(path: Path, rows: list[dict[str, Any]], names: dict[str, str], 
     return True
 
 
+HEAD_ROWS = {"moh.prefill": "prefill", "moh.forward_backward": "forward + backward"}
+HEAD_STEPS = {"heads.decode": "attention", "heads.route": "choosing the units", "heads.output": "output projection", "heads.layer": "all three"}
+HEAD_GOALS = {"moh.prefill": 1.22, "heads.decode": 1.2}  # times faster than with all units
+
+
+def head_figures() -> str:
+    """The block of docs/kernels.md about routed heads."""
+    found = load("heads_h100.json")
+    ours = [row for _, row in found if row["impl"] == "triton" and row["active"] < 1]
+    text = ""
+    if ours:
+        body = []
+        for r in ours:
+            alike = [o for _, o in found if o["ms"] is not None and all(o[x] == r[x] for x in ("name", "T", "H", "G"))]
+            whole = next(o["ms"] for o in alike if o["impl"] == "triton" and o["active"] == 1)
+            dense = [next((o["ms"] for o in alike if o["impl"] == rival), None) for rival in ("cudnn", "fa3")]
+            goal = HEAD_GOALS.get(r["name"])
+            body.append(
+                [
+                    HEAD_ROWS[r["name"]], f"{r['H']} / {r['G']}", f"{r['T']:,}", milliseconds(r["ms"]), number(r["ms"] / r["floor_ms"], 2), milliseconds(whole), number(whole / r["ms"], 2),
+                    *("-" if other is None else milliseconds(other) for other in dense), "-" if goal is None else f"{goal}, {'met' if whole / r['ms'] >= goal else 'missed'}",
+                ]
+            )  # fmt: skip
+        header = ["pass", "heads / KV heads", "tokens", "75 %, ms", "x floor", "all units", "times faster", "dense, cuDNN", "dense, FlashAttention-3", "goal"]
+        text += f"### Routed heads, whole sequences\nBatch 1, head_dim {ours[0]['D']}, bf16, three quarters of the KV heads active.\n\n{table(header, body)}\n{where(found[0][0])}\n\n"
+    steps = [(meta, row) for meta, row in load("heads_decode_h100.json") if row["active"] < 1]
+    if steps:
+        body = []
+        for _, r in steps:
+            goal = HEAD_GOALS.get(r["name"])
+            context = f"{r['context']:,}" if r["context"] else "-"
+            against = f"{r['torch_ms'] * 1e3:.1f}, in PyTorch" if "torch_ms" in r else f"{r['ms'] * r['speedup'] * 1e3:.1f}, all units"
+            verdict = "-" if goal is None else f"{goal}, {'met' if r['speedup'] >= goal else 'missed'}"
+            body.append(
+                [HEAD_STEPS[r["name"]], str(r["B"]), f"{r['H']} / {r['G']}", context, f"{r['ms'] * 1e3:.1f}", against, number(r["speedup"], 2), verdict]
+            )
+        header = ["part of a step", "batch", "heads / KV heads", "context", "us", "against", "times faster", "goal"]
+        text += "### Routed heads, one decode step\nA layer's step in a CUDA graph over several caches; head_dim 128, bf16, three quarters of the KV heads active in each row; the output projection is 4,096 x 4,096.\n\n"
+        text += f"{table(header, body)}\n{where(steps[0][0])}\n\n"
+    return text
+
+
 def linear_figures() -> str:
     """The block of docs/kernels.md about the linear operator."""
     rows = [r for _, r in load("kernels_linear*.json") if r["B"] == 1 and r["D"] == 128 and r["H"] == r["G"] and r["form"] in (None, "published")]
@@ -976,9 +1080,12 @@ def main() -> None:
     fill(kernels, "linear", linear_figures())
     fill(kernels, "span", span_figures())
     fill(kernels, "blocks", block_figures())
+    fill(kernels, "heads", head_figures())
     fill(kernels, "models", generation())
     fill(ROOT / "docs" / "moa.md", "figures", moa())
     fill(ROOT / "docs" / "infllm-v2.md", "figures", infllm())
+    fill(ROOT / "docs" / "moh.md", "routers", moh_routers())
+    fill(ROOT / "docs" / "moh.md", "figures", moh())
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from test_heads_step import columns_of
 from test_heads_triton import Case, draw, outputs_and_gradients
 from test_kernel_triton import assert_near, poison
+from torch import nn
 
 from attnconvert.kernels.heads import reference
 from attnconvert.kernels.heads.api import routed_attention
+from attnconvert.kernels.heads.projection import SkippingLinear
+from attnconvert.kernels.heads.routing import route_queries, route_scores
 from attnconvert.kernels.softmax import masked_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -26,6 +30,8 @@ CASES = [
     Case(R=2, D=256, dtype=BF16),
     Case(R=2, D=256, dtype=BF16, where="packed", gates=False),
     Case(R=4, D=96, dtype=torch.float16, share=1.0),
+    Case(R=1, D=64, G=4, dtype=BF16, causal=False),
+    Case(R=4, D=128, dtype=BF16, where="padded then packed", causal=False),
 ]
 
 
@@ -179,3 +185,66 @@ def test_auto_takes_the_kernels_for_half_precision_only():
     assert torch.equal(routed_attention(q, k, v, active, gate, **settings), triton_attention(q, k, v, active, gate, **settings))
     wide = [t.float() for t in (q, k, v)]
     assert torch.equal(routed_attention(*wide, active, gate, **settings), reference.routed_attention(*wide, active, gate, **settings))
+
+
+# ---------------------------------------------------------------- what else a decode step has
+
+
+def replayed(step, change):
+    """(what a captured step gives after `change`, allocations that a step makes); a capture makes some of its own."""
+    step()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    step()
+    allocations = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    change()
+    graph.replay()
+    return out, allocations
+
+
+@pytest.mark.parametrize("batch", [1, 7, 256])
+@pytest.mark.parametrize(("units", "heads", "dim", "shared"), [(8, 32, 128, 4), (32, 32, 128, 0), (3, 9, 64, 1), (128, 128, 64, 32), (2, 4, 80, 0)])
+def test_choice_is_that_of_pytorch_in_one_launch_of_a_graph(batch, units, heads, dim, shared):
+    columns, generator = columns_of(units, shared).cuda(), torch.Generator("cuda").manual_seed(batch)
+    q = torch.randn(batch, heads, 1, dim, generator=generator, device="cuda", dtype=BF16).transpose(1, 2)
+    q = q * torch.rand(batch, 1, heads, 1, generator=generator, device="cuda", dtype=torch.float32).exp().to(BF16)
+    scores = torch.randint(0, 4, (batch, 1, units - shared), generator=generator, device="cuda").float()
+    factor = 0.5 + torch.rand(units, generator=generator, device="cuda")
+    for num_chosen in {1, (units - shared) // 2}:
+        assert torch.equal(route_scores(scores, columns, num_chosen), route_scores(scores, columns, num_chosen, impl="reference"))
+        for weights in (None, factor):
+            used = route_queries(q, columns, num_chosen, weights)
+            norms = q.double().square().unflatten(2, (units, -1)).sum((3, 4)).sqrt() * (1 if weights is None else weights)
+            least = norms.masked_fill(~used | (columns < 0), torch.inf).amin(-1)
+            most = norms.masked_fill(used, -torch.inf).amax(-1)
+            assert (used.sum(-1) == shared + num_chosen).all()
+            assert used[..., columns < 0].all()
+            assert (least >= most * (1 - 1e-6)).all()  # norms that agree to fp32's last digits may be taken either way
+    out, allocations = replayed(lambda: route_queries(q, columns, 1), lambda: q.copy_(q.flip(0).roll(1, 2)))
+    assert allocations == 1
+    assert torch.equal(out, route_queries(q, columns, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("N", "K", "bias"), [(4096, 4096, False), (576, 576, True), (5120, 5120, False), (1000, 96, True)])
+def test_projection_of_one_row_is_right_reads_no_weights_that_meet_zeros_and_replays(N, K, bias, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    linear = SkippingLinear(K, N, bias=bias, device="cuda", dtype=dtype)
+    x = torch.randn(1, 1, K, generator=generator, device="cuda", dtype=dtype)
+    x.view(-1, 32)[::3] = 0
+
+    def exact():
+        return nn.functional.linear(x.double(), linear.weight.detach().double().nan_to_num(), linear.bias.double() if bias else None).detach()
+
+    with torch.no_grad():
+        linear.weight.view(N, -1, 32)[:, ::3] = torch.nan
+        assert_near("output", linear(x), exact(), BOUNDS[dtype][0])
+        out, allocations = replayed(lambda: linear(x), lambda: x.mul_(2))
+        assert allocations == 1
+        assert_near("replayed", out, exact(), BOUNDS[dtype][0])
+        assert torch.equal(out, linear(x))
+        assert linear(x.repeat(2, 1, 1)).isnan().all()  # more rows are an ordinary product
+    assert linear(x).isnan().all()  # and so is what has a gradient

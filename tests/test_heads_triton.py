@@ -42,6 +42,7 @@ class Case(NamedTuple):
     G: int = 2
     B: int = 1
     share: float = 0.6
+    causal: bool = True
 
     def __str__(self):
         return (
@@ -58,7 +59,7 @@ class Case(NamedTuple):
 
     def settings(self, device="cpu"):
         start = None if self.where == "whole" else torch.tensor(STARTS[self.where](self.T), device=device)
-        return {"scale": self.D**-0.5, "start": start}
+        return {"scale": self.D**-0.5, "start": start, "causal": self.causal}
 
     def real(self, device="cpu"):
         """[B, T, 1, 1], 0 for padding."""
@@ -113,6 +114,11 @@ CASES = [
     Case(R=3, D=64, G=1, where="packed", single=True, T=210, share=0.1),
     Case(R=1, D=16, T=1, B=3),
     Case(R=2, D=16, T=65, share=1.0),
+    Case(R=1, D=16, T=101, dtype=torch.float32, causal=False),
+    Case(R=2, D=32, T=100, dtype=torch.float32, where="padded then packed", single=True, causal=False),
+    Case(R=3, D=64, G=1, T=210, where="packed", causal=False),
+    Case(R=2, D=16, T=129, where="padded", gates=False, share=0.2, causal=False),
+    Case(R=2, D=16, T=64, share=1.0, causal=False),
 ]
 
 
@@ -134,6 +140,25 @@ def compare_dense():
     assert torch.equal(out, triton_operator.triton_routed_attention(q, k, v, used, torch.ones(used.shape), **case.settings()))
     single = torch.ones(1, case.T, 4, dtype=torch.bool)
     assert torch.equal(out, triton_operator.triton_routed_attention(q, k, v, single, **case.settings()))
+
+
+def compare_bidirectional():
+    case = Case(R=2, D=32, T=150, dtype=torch.float32, gates=False, causal=False)
+    (q, k, v, _), active, _ = draw(case)
+    plain = scaled_dot_product_attention(*(t.transpose(1, 2).double() for t in (q, k, v)), scale=case.D**-0.5, enable_gqa=True).transpose(1, 2)
+    for operator in (triton_operator.triton_routed_attention, reference.routed_attention):
+        assert_near("output", operator(q, k, v, torch.ones_like(active), **case.settings()), plain, TOLERANCE[case.dtype])
+    cut = 40  # a document, and padding behind it
+    start = torch.where(torch.arange(case.T) < cut, 0, cut)[None]
+    alone = reference.routed_attention(*(t[:, :cut].double() for t in (q, k, v)), active[:, :cut], scale=case.D**-0.5, causal=False)
+    for operator in (triton_operator.triton_routed_attention, reference.routed_attention):
+        got = operator(q, k, v, active, **{**case.settings(), "start": start})
+        assert_near("document", got[:, :cut], alone, TOLERANCE[case.dtype])
+
+
+@interpreted
+def test_not_causal_with_all_units_it_is_softmax_over_the_document(interpreter):  # noqa: F811
+    interpreter.submit(compare_bidirectional).result()
 
 
 @interpreted

@@ -29,10 +29,11 @@ from attnconvert.surgery.swap import restore_softmax
 
 LENGTH = 60
 SETTINGS = {
-    "KV heads, soft": MohConfig(active=0.5, shared=0, gates="soft"),
-    "query heads": MohConfig(unit="query_head", shared=0.25),
+    "output norms": MohConfig(unit="query_head"),
+    "KV heads, soft": MohConfig(active=0.5, router="norm", gates="soft"),
+    "query heads": MohConfig(unit="query_head", shared=0.25, router="norm"),
     "learned, soft": MohConfig(unit="query_head", active=0.75, shared_units=(2,), router="learned", gates="soft"),
-    "learned": MohConfig(active=0.5, shared=0, router="learned"),
+    "learned": MohConfig(active=0.5, router="learned"),
 }
 
 
@@ -76,7 +77,7 @@ def routes(model, ids, **options):
 # ---------------------------------------------------------------- all heads
 
 
-@pytest.mark.parametrize("router", ["norm", "learned"])
+@pytest.mark.parametrize("router", ["output_norm", "norm"])
 @pytest.mark.parametrize("name", NULL_FAMILIES)
 def test_all_units_equal_the_stock_model_at_every_step_and_in_its_text(name, router):
     teacher = make_model(name)
@@ -117,7 +118,7 @@ def query_norms(model, family, ids):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "phi3", "gpt_neox"])
 @pytest.mark.parametrize("tokens", [4, 30])
 def test_the_norm_router_uses_the_units_whose_queries_have_the_largest_norms_before_any_norm_of_them(family, tokens):
-    model = moh(make_model(family), MohConfig(unit="query_head", active=0.75, shared_units=(1,))).double()
+    model = moh(make_model(family), MohConfig(unit="query_head", active=0.75, shared_units=(1,), router="norm")).double()
     ids = torch.randint(3, 60, (2, tokens), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         norms = query_norms(model, family, ids)
@@ -131,7 +132,7 @@ def test_the_norm_router_uses_the_units_whose_queries_have_the_largest_norms_bef
 
 
 def test_a_kv_head_is_chosen_by_the_norm_of_all_its_queries():
-    model = moh(make_model("llama"), MohConfig(active=0.5, shared=0)).double()
+    model = moh(make_model("llama"), MohConfig(active=0.5, router="norm")).double()
     ids = torch.randint(3, 60, (2, 30), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         norms = query_norms(model, "llama", ids).unflatten(-1, (2, 2)).norm(dim=-1)
@@ -156,14 +157,14 @@ def inputs_for(q, start=None):
 
 
 def test_equal_scores_go_to_the_first_units():
-    core = core_alone(MohConfig(unit="query_head", active=0.5, shared=0))
+    core = core_alone(MohConfig(unit="query_head", active=0.5, router="norm"))
     q = torch.ones(1, 4, 6, 3, dtype=torch.float64)
     active, _ = core._route(q, inputs_for(q))
     assert active[0].tolist() == [[True, True, False, False]] * 6
 
 
 def test_norms_are_divided_by_their_deviation():
-    core = core_alone(MohConfig(unit="query_head", active=0.75, shared_units=(2,), gates="soft"))
+    core = core_alone(MohConfig(unit="query_head", active=0.75, shared_units=(2,), router="norm", gates="soft"))
     q = torch.zeros(1, 4, 1, 3, dtype=torch.float64)
     q[0, :, 0, 0] = torch.tensor([3.0, -1.0, 50.0, 5.0])
     active, gate = core._route(q, inputs_for(q))
@@ -193,10 +194,25 @@ def test_a_learned_router_starts_with_factors_near_1_and_its_factors_are_the_pub
     torch.testing.assert_close(gate[..., 2:], second * 4 * scores / top.sum(-1, keepdim=True))
 
 
+def test_the_router_of_output_norms_uses_the_units_with_the_highest_estimates():
+    core = core_alone(MohConfig(unit="query_head", active=0.5, shared_units=(2,)))
+    g = torch.Generator().manual_seed(2)
+    q, x = torch.randn(1, 4, 7, 3, generator=g, dtype=torch.float64), torch.randn(1, 7, 5, generator=g, dtype=torch.float64)
+    weight, bias = torch.randn(4, 5, generator=g, dtype=torch.float64), torch.tensor([0.5, 0.0, 9.0, -0.5], dtype=torch.float64)
+    core.estimate_norms(weight, bias)
+    core._seen = x
+    active, gate = core._route(q, inputs_for(q))
+    best = (x @ weight.T + bias)[..., [0, 1, 3]].argmax(-1)
+    want = torch.nn.functional.one_hot(torch.tensor([0, 1, 3])[best], 4).bool() | torch.tensor([False, False, True, False])
+    assert torch.equal(active, want)
+    assert len(best.unique()) == 3
+    assert torch.equal(gate, torch.ones_like(gate))
+
+
 # ---------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("router", ["norm", "learned"])
+@pytest.mark.parametrize("router", ["output_norm", "norm", "learned"])
 def test_the_gradient_of_hard_gates_is_that_of_the_soft_scores_at_factors_of_1(router):
     """Numerically: factors 1 + score(theta) - score(theta now), with the choice as it is."""
     core = core_alone(MohConfig(unit="query_head", active=0.75, shared=0.25, router=router))
@@ -212,11 +228,13 @@ def test_the_gradient_of_hard_gates_is_that_of_the_soft_scores_at_factors_of_1(r
         if router == "norm":
             norms = q.norm(dim=-1).transpose(1, 2)[..., 1:]
             return torch.cat([torch.ones(1, 6, 1), (norms / norms.std(-1, keepdim=True)).softmax(-1)], -1)
+        if router == "output_norm":
+            return torch.cat([torch.ones(1, 6, 1), (x @ core.routed_map.T + core.routed_bias).softmax(-1)], -1)
         kinds = (x @ core.kind_map.T).softmax(-1)
         return torch.cat([kinds[..., :1] * (x @ core.shared_map.T).softmax(-1), kinds[..., 1:] * (x @ core.routed_map.T).softmax(-1)], -1)
 
     with torch.no_grad():
-        core._seen = x if router == "learned" else None
+        core._seen = None if router == "norm" else x
         (active, _), now = core._route(q, inputs_for(q)), scores()
         fixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5).transpose(1, 2)
         weight = torch.randn(fixed.shape, generator=g, dtype=torch.float64)
@@ -226,7 +244,7 @@ def test_the_gradient_of_hard_gates_is_that_of_the_soft_scores_at_factors_of_1(r
         return (weight * fixed * (active * (1 + scores() - now))[..., None]).sum()
 
     theta.requires_grad_(True)
-    core._seen = x if router == "learned" else None
+    core._seen = None if router == "norm" else x
     _, gate = core._route(q, inputs_for(q))
     assert torch.equal(gate, torch.ones_like(gate))
     ((weight * fixed * (active * gate)[..., None]).sum()).backward()
@@ -253,14 +271,15 @@ def test_a_model_learns_through_its_router_and_its_heads(name):
     attention = model.model.layers[1].self_attn
     assert all(p.weight.grad.abs().max() > 0 for p in (attention.q_proj, attention.k_proj, attention.v_proj))
     learned = {name for name, p in attention.core.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert learned == {"learned, soft": {"kind_map", "routed_map"}, "learned": {"routed_map"}}.get(name, set())  # a softmax over one shared unit is 1
+    want = {"learned, soft": {"kind_map", "routed_map"}, "learned": {"routed_map"}, "output norms": {"routed_map", "routed_bias"}}
+    assert learned == want.get(name, set())  # a softmax over one shared unit is 1
 
 
 # ---------------------------------------------------------------- balance
 
 
 def test_the_balance_loss_is_1_where_all_units_are_chosen_alike_and_more_where_one_is_preferred():
-    core = core_alone(MohConfig(unit="query_head", active=0.25, shared=0))
+    core = core_alone(MohConfig(unit="query_head", active=0.25, router="norm"))
     core.balanced, found = True, []
     core.on_balance = found.append
     even = torch.full((2, 4, 8, 3), 1e-3, dtype=torch.float64)
@@ -275,7 +294,7 @@ def test_the_balance_loss_is_1_where_all_units_are_chosen_alike_and_more_where_o
 
 
 def test_the_balance_loss_is_the_mean_over_rows_and_leaves_out_padding():
-    core = core_alone(MohConfig(unit="query_head", active=0.5, shared=0))
+    core = core_alone(MohConfig(unit="query_head", active=0.5, router="norm"))
     core.balanced, found = True, []
     core.on_balance = found.append
     q = torch.randn(2, 4, 9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -299,13 +318,13 @@ def test_usage_counts_real_tokens():
 
 def test_units_go_from_all_to_the_target_in_equal_parts():
     assert [annealed(8, 6, progress / 10) for progress in range(12)] == [8, 8, 8, 8, 8, 7, 7, 7, 7, 7, 6, 6]
-    core = core_alone(MohConfig(unit="query_head", active=0.5, anneal=0.5))
+    core = core_alone(MohConfig(unit="query_head", active=0.5, shared=0.25, anneal=0.5))
     seen = []
     for progress in (0.0, 0.2, 0.3, 0.5, 1.0):
         core.set_progress(progress)
         seen.append(core.num_active)
     assert seen == [4, 4, 3, 2, 2]
-    direct = core_alone(MohConfig(unit="query_head", active=0.5, anneal=0))
+    direct = core_alone(MohConfig(unit="query_head", active=0.5, shared=0.25))
     direct.set_progress(0.0)
     assert direct.num_active == 2
 
@@ -339,7 +358,7 @@ def finetuned(folder, *, balance=0.5, settings=None, steps=2, watch=None, checkp
     return {name: p.detach() for name, p in adapted.named_parameters()}, lines
 
 
-@pytest.mark.parametrize("name", ["query heads", "learned, soft"])
+@pytest.mark.parametrize("name", ["output norms", "query heads", "learned, soft"])
 def test_neither_small_batches_nor_recomputed_activations_change_what_is_learned(tmp_path, name):
     want, lines = finetuned(tmp_path / "whole", settings=SETTINGS[name])
     for folder, options in (("parts", {"micro_batch_size": 2}), ("recomputed", {"checkpointing": True})):
@@ -349,7 +368,7 @@ def test_neither_small_batches_nor_recomputed_activations_change_what_is_learned
 
 
 def test_the_balance_loss_is_logged_is_part_of_the_loss_and_is_learned_from(tmp_path):
-    settings = SETTINGS["learned"].model_copy(update={"anneal": 0})
+    settings = SETTINGS["learned"]
     _, lines = finetuned(tmp_path / "weighted", balance=1.0, steps=8, settings=settings)
     _, without = finetuned(tmp_path / "plain", balance=0.0, steps=8, settings=settings)
     assert all("balance" not in line for line in without)
@@ -449,7 +468,7 @@ def test_generate_replays_a_graph_and_writes_the_same_text(name, dtype, monkeypa
 
 
 def test_a_copy_of_a_model_routes_by_what_it_sees_itself():
-    for family, settings in (("qwen3", SETTINGS["query heads"]), ("llama", SETTINGS["learned"])):
+    for family, settings in (("qwen3", SETTINGS["query heads"]), ("llama", SETTINGS["output norms"])):
         model = moh(make_model(family), settings).double()
         ids, mask = long_batch(LENGTH)
         want = uncached(model, ids, mask)
@@ -459,7 +478,7 @@ def test_a_copy_of_a_model_routes_by_what_it_sees_itself():
         assert torch.equal(uncached(other, ids, mask), want)
 
 
-@pytest.mark.parametrize(("family", "name"), [("qwen3", "query heads"), ("llama", "learned, soft")])
+@pytest.mark.parametrize(("family", "name"), [("qwen3", "query heads"), ("llama", "output norms"), ("llama", "learned, soft")])
 def test_a_checkpoint_writes_the_same_text_in_a_process_without_attnconvert(tmp_path, family, name):
     cached_layers.assert_checkpoint_needs_no_attnconvert(moh(make_model(family), SETTINGS[name]), tmp_path, *padded())
 
@@ -475,7 +494,7 @@ def test_a_checkpoint_writes_the_same_text_in_a_process_without_attnconvert(tmp_
         ({"unit": "head"}, "'kv_head' or 'query_head'"),
         ({"shared_units": (1, 1)}, "not different numbers"),
         ({"shared_units": (-1,)}, "not different numbers"),
-        ({"router": "random"}, "'norm' or 'learned'"),
+        ({"router": "random"}, "'output_norm', 'norm' or 'learned'"),
         ({"anneal": 2}, "less than or equal to 1"),
     ],
     ids=str,
@@ -504,7 +523,7 @@ def test_layers_that_cannot_be_routed_say_why():
 def test_a_norm_of_queries_and_keys_together_is_refused_for_the_norm_router():
     module = torch.nn.Module()
     module.qk_norm = torch.nn.LayerNorm(4)
-    core = MixtureOfHeads(4, 4, 3, **METHOD.runtime_config(MohConfig()))
+    core = MixtureOfHeads(4, 4, 3, **METHOD.runtime_config(MohConfig(router="norm")))
     with pytest.raises(ValueError, match="one norm for queries and keys"):
         core.fit(module)
 
@@ -512,15 +531,15 @@ def test_a_norm_of_queries_and_keys_together_is_refused_for_the_norm_router():
 @pytest.mark.parametrize("units", [(0, 0), (4,), (0, 1, 2)])
 def test_shared_units_that_cannot_be_are_refused_by_the_core(units):
     with pytest.raises(ValueError, match="shared units"):
-        MixtureOfHeads(4, 4, 3, **METHOD.runtime_config(MohConfig())).set_shared(units)
+        MixtureOfHeads(4, 4, 3, **METHOD.runtime_config(MohConfig(shared=0.5))).set_shared(units)
 
 
 def test_costs_are_those_of_the_used_units():
     site = find_sites(FAMILIES["llama"]())[0]
     dense = softmax_cost(site, 4096, 2)
-    assert METHOD.cost(METHOD.exact, site, 4096, 2) == dense
-    half = METHOD.cost(MohConfig(active=0.5), site, 4096, 2)
+    assert METHOD.cost(METHOD.exact.model_copy(update={"router": "norm"}), site, 4096, 2) == dense
+    half = METHOD.cost(MohConfig(active=0.5, router="norm"), site, 4096, 2)
     assert (half.state_bytes, half.flops, half.num_parameters) == (dense.state_bytes, dense.flops // 2, 0)
-    for config in (SETTINGS["learned"], SETTINGS["learned, soft"]):
+    for config in (SETTINGS["output norms"], SETTINGS["learned"], SETTINGS["learned, soft"]):
         core = moh(make_model("llama"), config).model.layers[0].self_attn.core
         assert METHOD.cost(config, site, 64, 2).num_parameters == sum(p.numel() for p in core.parameters())

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import attnconvert
 from attnconvert.convert.load import Loaded, Source, load_config, load_model, load_tokenizer, resolve
-from attnconvert.convert.mix_heads import measure_importance, measure_usage, most_important, undecided_units, with_shared_units
+from attnconvert.convert.mix_heads import calibrate_heads, measure_usage, start_routers, uncalibrated, with_calibration
 from attnconvert.convert.plan import Estimate, build_plan, default_length, estimate, evaluation_window, layer_settings, with_span_rules
 from attnconvert.convert.regroup import has_uneven_heads, regroup_for_training, regrouped_heads, uneven_for_training
 from attnconvert.convert.report import ranges
@@ -39,6 +39,7 @@ from attnconvert.surgery.sites import Site, find_sites
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from attnconvert.convert.evaluate import EvalReport, Quality
     from attnconvert.distill.data import MixedRows, PackedRows
@@ -235,16 +236,22 @@ def _check_uneven(plan: ConversionPlan, config: Any) -> None:
 
 
 def _check_calibration(loaded: LoadedRecipe, plan: ConversionPlan, sites: Sequence[Site]) -> None:
-    """Refuse to choose shared units by training text where there is none, before a model is loaded."""
-    stages, undecided = loaded.recipe.stages, undecided_units(loaded.recipe, plan, sites)
-    if undecided and not stages.transfer.tokens and not stages.finetune.tokens:
-        raise AttnConvertError(
-            "no-calibration",
-            f"the shared units of layers {ranges(list(undecided))} are chosen by their outputs on training text, and no stage reads any",
-            where="layers",
-            expected="a training stage, choose_shared: first, or shared_units",
-            hint="`--set layers.0.config.choose_shared=first`",
-        )
+    """Refuse to calibrate routed heads on training text where there is none, before a model is loaded."""
+    stages, wanted = loaded.recipe.stages, uncalibrated(loaded.recipe, plan, sites)
+    if not wanted or stages.transfer.tokens or stages.finetune.tokens:
+        return
+    routers, shared = ([idx for idx, own in wanted.items() if getattr(own, name)] for name in ("router", "shared"))
+    what = [f"the routers of layers {ranges(routers)} are fitted"] if routers else []
+    what += [f"the shared units of layers {ranges(shared)} are chosen by their outputs"] if shared else []
+    settings = (["router=norm"] if routers else []) + (["allocate=even"] if any(own.used is not None for own in wanted.values()) else [])
+    settings += ["choose_shared=first"] if shared else []
+    raise AttnConvertError(
+        "no-calibration",
+        f"{' and '.join(what)} on training text, and no stage reads any",
+        where="layers",
+        expected="a training stage" + ("; or router: norm" if routers else "") + ("; or choose_shared: first, or shared_units" if shared else ""),
+        hint=f"`{' '.join(f'--set layers.0.config.{setting}' for setting in settings)}`",
+    )
 
 
 def _check_family(loaded: LoadedRecipe, family: str) -> None:
@@ -320,8 +327,8 @@ class _Record:
         seconds: phase -> wall-clock seconds, over all sessions.
         plan, stages, data: filled in when known.
         search: the search for attention spans, where there was one; a resumed run does not search again.
-        heads: of layers with routed heads, by layer index as text: the `importance` of each unit, where calibration chose the shared ones, and their `usage`, the
-            share of held-out tokens that each is used by.
+        heads: of layers with routed heads, by layer index as text: the `importance` of each unit, where calibration chose the shared ones, how much of the log
+            norms the fitted routers `explain`ed before training, and the `usage` of the units, the share of held-out tokens that each is used by.
         command, versions, device: for the report.
     """
 
@@ -333,7 +340,7 @@ class _Record:
     stages: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, Any] | None = None
     search: dict[str, Any] | None = None
-    heads: dict[str, dict[str, list[float]]] | None = None
+    heads: dict[str, dict[str, Any]] | None = None
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     device: str = ""
@@ -821,23 +828,29 @@ def _swap(job: _Job, model: Any, tokenizer: Any, texts: _Texts, folder: Path) ->
         return dict(regroup_for_training(model, prepared.sites, plan, texts.transfer, seed, ui.note, ui.on_eval)), plan
     if undecided_spans(plan):
         plan = _search_spans(job, model, tokenizer, folder)
-    plan = _choose_shared(job, model, plan, texts, folder)
+    plan, maps = _calibrate_heads(job, model, plan, texts, folder)
     swap(model, plan)
+    start_routers(model, maps)
     return _cores(model), plan
 
 
-def _choose_shared(job: _Job, model: Any, plan: ConversionPlan, texts: _Texts, folder: Path) -> ConversionPlan:
-    """The plan with the units that all tokens use, in layers with routed heads whose recipe leaves them to calibration."""
-    undecided = undecided_units(job.prepared.recipe.recipe, plan, job.prepared.sites)
-    if not undecided:
-        return plan
-    if job.record.heads is None:  # a resumed run goes on with the units that it has trained with
-        units = {idx: count for idx, (count, _) in undecided.items()}
-        found = measure_importance(model, job.prepared.sites, units, texts.transfer, _seed(job.prepared, job.options), job.ui.on_eval)
-        job.record.heads = {"importance": {str(idx): own for idx, own in found.items()}}
+def _calibrate_heads(job: _Job, model: Any, plan: ConversionPlan, texts: _Texts, folder: Path) -> tuple[ConversionPlan, dict[int, tuple[Tensor, Tensor]]]:
+    """What calibration finds for layers with routed heads: the plan with their shared units, and the maps that their routers start with (`start_routers`)."""
+    from safetensors.torch import load, save
+
+    from attnconvert.distill.loop import write_atomic
+
+    wanted, path = uncalibrated(job.prepared.recipe.recipe, plan, job.prepared.sites), folder / "routers.safetensors"
+    if not wanted:
+        return plan, {}
+    if job.record.heads is None:  # a resumed run goes on with what it has trained with
+        facts, maps = calibrate_heads(model, job.prepared.sites, plan, wanted, texts.transfer, _seed(job.prepared, job.options), job.ui.on_eval)
+        write_atomic(path, save({f"{idx}.{name}": part for idx, parts in maps.items() for name, part in zip(("weight", "bias"), parts, strict=True)}))
+        job.record.heads = facts
         job.save_record(folder)
-    importance = {int(idx): own for idx, own in job.record.heads["importance"].items()}
-    return with_shared_units(plan, most_important(importance, {idx: shared for idx, (_, shared) in undecided.items()}))
+    saved = load(path.read_bytes())
+    maps = {idx: (saved[f"{idx}.weight"], saved[f"{idx}.bias"]) for idx, own in wanted.items() if own.router}
+    return with_calibration(plan, wanted, job.record.heads), maps
 
 
 def _search_spans(job: _Job, model: Any, tokenizer: Any, folder: Path) -> ConversionPlan:

@@ -466,7 +466,12 @@ def heads_text(plan: Mapping[str, Any], heads: Mapping[str, Any] | None) -> list
     for idx, shares, shared in layers:
         cells = [f"{100 * share:.0f}" + ("*" if unit in shared else "") for unit, share in enumerate(shares)]
         rows.append((str(idx), *cells, *["-"] * (width - len(cells)), f"{_skipped(shares):.0%}"))
-    chosen = " Calibration chose the shared ones: those whose outputs after o_proj were the largest." if (heads or {}).get("importance") else ""
+    facts = heads or {}
+    chosen = " Calibration chose the shared ones: those whose outputs after o_proj were the largest." if facts.get("importance") else ""
+    if explained := list((facts.get("explained") or {}).values()):
+        chosen += (
+            f" Before training, the routers explain {min(explained):.0%} to {max(explained):.0%} of the variance of the log norms of the outputs, by layer."
+        )
     return [
         "Routed heads: the held-out tokens that use each unit (a KV head with its query heads, or a query head), in %; * = shared, used by all. What is skipped is not "
         f"computed, and its keys are not read in decoding.{chosen}",
@@ -561,7 +566,7 @@ def describe_heads(num_heads: int, num_key_value_heads: int, config: Mapping[str
     units = num_units(config["unit"], num_heads, num_key_value_heads)
     used, shared = unit_counts(units, config["active"], config["shared"])
     given = config["shared_units"]
-    always = f"{shared} of them always" if given is None else f"{len(given)} of them always ({ranges(given)})" if given else "none of them always"
+    always = f"{shared or 'none'} of them always" if given is None else f"{len(given)} of them always ({ranges(given)})" if given else "none of them always"
     what = "KV heads" if config["unit"] == "kv_head" else "query heads"
     return f"{used} of {units} {what} a token, {always}, router {config['router']}, {config['gates']} gates"
 

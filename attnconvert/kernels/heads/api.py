@@ -18,8 +18,9 @@ def refusal(q: Tensor, k: Tensor, active: Tensor) -> str | None:
 
 
 def routed_attention(
-    q: Tensor, k: Tensor, v: Tensor, active: Tensor, gate: Tensor | None = None, *, scale: float, start: Tensor | None = None, impl: Impl = "auto"
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, active: Tensor, gate: Tensor | None = None, *, scale: float, start: Tensor | None = None, causal: bool = True,
+    impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
     """Attention in which each token uses some of the heads; see `reference.routed_attention` for the arguments.
 
     Args:
@@ -30,7 +31,7 @@ def routed_attention(
         ValueError: `triton` was asked for and cannot take these inputs; it never falls back. Or impl is none of the three.
     """
     if not use_triton(impl, q, lambda: refusal(q, k, active), "attention with routed heads"):
-        return reference_routed_attention(q, k, v, active, gate, scale=scale, start=start)
+        return reference_routed_attention(q, k, v, active, gate, scale=scale, start=start, causal=causal)
     from attnconvert.kernels.heads.triton_operator import triton_routed_attention
 
-    return triton_routed_attention(q, k, v, active, gate, scale=scale, start=start)
+    return triton_routed_attention(q, k, v, active, gate, scale=scale, start=start, causal=causal)

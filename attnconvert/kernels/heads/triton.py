@@ -4,9 +4,9 @@ The maths and the names are reference.py's. The tokens that use a unit are numbe
 between its first and its last token there may be others, so more of its blocks have a diagonal in them than in dense attention: one or two of a long row.
 
 * `list_kernel`: per unit the tokens that use it, and how many of them come before each GRAIN-th token.
-* `forward_kernel`, `query_grad_kernel`: a tile of a query head, over the keys from its first document's first to its last token. Program i of a head also
+* `forward_kernel`, `query_grad_kernel`: a tile of a query head, over the keys from its first document's first to its last token, or that one's document's last. Program i of a head also
   writes the zeros of those of the tokens BM i .. that do not use the unit.
-* `key_grad_kernel`: BN keys of a KV head, over its units and their tokens from the keys' own to the end of the document.
+* `key_grad_kernel`: BN keys of a KV head, over its units and their tokens from the keys' own, or the beginning of the document, to its end.
 
 Log-sums and what else is kept per query are in the order of ranks: only rows of queries and of the output's gradient are gathered. Every sum has one owner
 and a fixed order: two runs are bit-equal. Inside, logits and log-sums are in units of log 2.
@@ -87,10 +87,59 @@ def _unused(ACTIVE, b, unit, n, T, U):
 
 
 @triton.jit
-def _key_range(START, b, first, last, T, BN: tl.constexpr, HAS_START: tl.constexpr):
-    """Of queries from token `first` to token `last`: (first key, blocks, the key before which a block is masked)."""
+def _key_ranges(START, b, first, last, T, BN: tl.constexpr, HAS_START: tl.constexpr, CAUSAL: tl.constexpr):
+    """Of queries from token `first` to token `last` the blocks of keys: (low, whole, whole_end, end), multiples of BN; masked, seen by all queries, masked."""
     low = _begin(START, b, first, T, HAS_START) // BN * BN
-    return low, tl.cdiv(last + 1 - low, BN), _begin(START, b, last, T, HAS_START)
+    if CAUSAL:
+        all_end, end = first + 1, tl.cdiv(last + 1, BN) * BN
+    else:
+        all_end, end = _document_end(START, b, first, T, HAS_START), tl.cdiv(_document_end(START, b, last, T, HAS_START), BN) * BN
+    whole = low
+    if HAS_START:
+        whole = tl.minimum(tl.cdiv(_begin(START, b, last, T, HAS_START), BN) * BN, end)
+    return low, whole, tl.maximum(whole, all_end // BN * BN), end
+
+
+@triton.jit
+def _seen(START, b, i, n, begin, T, HAS_START: tl.constexpr, CAUSAL: tl.constexpr):
+    """Which keys i queries n see, [queries, keys]. begin: of the queries' documents."""
+    if CAUSAL:
+        seen = (i[None, :] <= n[:, None]) & (i[None, :] >= begin[:, None])
+    else:
+        seen = (i[None, :] >= begin[:, None]) & (i < T)[None, :]
+        if HAS_START:
+            seen &= _begin(START, b, tl.minimum(i, T - 1), T, HAS_START)[None, :] <= n[:, None]
+    return seen
+
+
+@triton.jit
+def _keys(base, at, on, T, stride, od, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
+    """Rows at .. at + len(on) of keys or values. Where no block is masked, none is behind the last row, and the pointers differ by a constant."""
+    if MASKED:
+        return _tile(base, at, on, T, stride, od, D, DP)
+    else:
+        return _rows(base + at.to(tl.int64) * stride, on, stride, od, D, DP)
+
+
+@triton.jit
+def _attend(
+    acc, largest, total, q, n, begin, K, V, START, k_st, v_st, b, first, end, T, scale2, od, on, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+    HAS_START: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys from `first` to `end` to sums of values, largest logits and sums of weights. A loop without a branch in it is pipelined better."""
+    for block in range((end - first) // BN):
+        at = first + block * BN
+        s = tl.dot(q, tl.trans(_keys(K, at, on, T, k_st, od, D, DP, MASKED)), input_precision=PREC)
+        if MASKED:
+            s = tl.where(_seen(START, b, at + on, n, begin, T, HAS_START, CAUSAL), s, HIDDEN)
+        new = tl.maximum(largest, tl.max(s, 1) * scale2)
+        p = tl.exp2(s * scale2 - new[:, None])
+        kept = tl.exp2(largest - new)
+        total = total * kept + tl.sum(p, 1)
+        acc *= kept[:, None]
+        acc = tl.dot(p.to(q.dtype), _keys(V, at, on, T, v_st, od, D, DP, MASKED), acc, input_precision=PREC)
+        largest = new
+    return acc, largest, total
 
 
 @triton.jit
@@ -98,7 +147,7 @@ def forward_kernel(
     Q, K, V, O, LSE, ACTIVE, INDEX, GATES, BEFORE, START,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, T, TILES, G, N, scale,
     R: tl.constexpr, UNITS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_START: tl.constexpr, PREC: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_START: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Outputs of BM queries of one head, and the logarithms of their softmax denominators. UNITS: of a KV head.
 
@@ -117,26 +166,23 @@ def forward_kernel(
     rank = tl.minimum(own, count - 1)
     n = tl.load(INDEX + rank)
     first, last = tl.load(INDEX + tile * BM), tl.load(INDEX + tl.minimum(tile * BM + BM, count) - 1)
-    low, blocks, high = _key_range(START, b, first, last, T, BN, HAS_START)
+    low, whole, whole_end, end = _key_ranges(START, b, first, last, T, BN, HAS_START, CAUSAL)
     begin = _begin(START, b, n, T, HAS_START)
     q = _rows(Q + b * q_sb + h * q_sh, n, q_st, od, D, DP)
     K += b * k_sb + g * k_sh
     V += b * v_sb + g * v_sh
     scale2 = scale * LOG2E
     largest, total, acc = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, DP], tl.float32)
-    for block in range(blocks):
-        at = low + block * BN
-        s = tl.dot(q, tl.trans(_tile(K, at, on, T, k_st, od, D, DP)), input_precision=PREC)
-        if (at < high) | (at + BN > first + 1):
-            i = at + on
-            s = tl.where((i[None, :] <= n[:, None]) & (i[None, :] >= begin[:, None]), s, HIDDEN)
-        new = tl.maximum(largest, tl.max(s, 1) * scale2)
-        p = tl.exp2(s * scale2 - new[:, None])
-        kept = tl.exp2(largest - new)
-        total = total * kept + tl.sum(p, 1)
-        acc *= kept[:, None]
-        acc = tl.dot(p.to(q.dtype), _tile(V, at, on, T, v_st, od, D, DP), acc, input_precision=PREC)
-        largest = new
+    if HAS_START:
+        acc, largest, total = _attend(
+            acc, largest, total, q, n, begin, K, V, START, k_st, v_st, b, low, whole, T, scale2, od, on, D, DP, BN, HAS_START, CAUSAL, PREC, True
+        )
+    acc, largest, total = _attend(
+        acc, largest, total, q, n, begin, K, V, START, k_st, v_st, b, whole, whole_end, T, scale2, od, on, D, DP, BN, HAS_START, CAUSAL, PREC, False
+    )
+    acc, largest, total = _attend(
+        acc, largest, total, q, n, begin, K, V, START, k_st, v_st, b, whole_end, end, T, scale2, od, on, D, DP, BN, HAS_START, CAUSAL, PREC, True
+    )
     acc /= total[:, None]
     if HAS_GATE:
         acc *= tl.load(GATES + line * _padded(T) + rank)[:, None]
@@ -146,11 +192,32 @@ def forward_kernel(
 
 
 @triton.jit
+def _query_grad(
+    dq, dot, q, do, n, begin, lse, delta, gate, K, V, START, k_st, v_st, b, first, end, T, scale2, od, on, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_START: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys from `first` to `end` to the gradients of queries and to DO.O / gate."""
+    for block in range((end - first) // BN):
+        at = first + block * BN
+        k = _keys(K, at, on, T, k_st, od, D, DP, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision=PREC)
+        dp = tl.dot(do, tl.trans(_keys(V, at, on, T, v_st, od, D, DP, MASKED)), input_precision=PREC)
+        if MASKED:
+            s = tl.where(_seen(START, b, at + on, n, begin, T, HAS_START, CAUSAL), s, HIDDEN)
+        p = tl.exp2(s * scale2 - lse[:, None])
+        if HAS_GATE:
+            dot += tl.sum(p * dp, 1)
+            dp *= gate[:, None]
+        dq = tl.dot((p * (dp - delta[:, None])).to(q.dtype), k, dq, input_precision=PREC)
+    return dq, dot
+
+
+@triton.jit
 def query_grad_kernel(
     Q, K, V, O, DO, LSE, DELTA, DOT, DQ, ACTIVE, INDEX, GATES, BEFORE, START,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, o_sb, o_st, o_sh, T, TILES, G, N, scale,
     R: tl.constexpr, UNITS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_START: tl.constexpr, PREC: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_START: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BM queries of one head; DO.O / gate, by DO and V so that the gate may be 0: DELTA, as LSE, and, with gates, DOT [B, T, H].
 
@@ -174,7 +241,7 @@ def query_grad_kernel(
     row_ok = own < count
     n = tl.load(INDEX + rank)
     first, last = tl.load(INDEX + tile * BM), tl.load(INDEX + tl.minimum(tile * BM + BM, count) - 1)
-    low, blocks, high = _key_range(START, b, first, last, T, BN, HAS_START)
+    low, whole, whole_end, end = _key_ranges(START, b, first, last, T, BN, HAS_START, CAUSAL)
     begin = _begin(START, b, n, T, HAS_START)
     q = _rows(Q + b * q_sb + h * q_sh, n, q_st, od, D, DP)
     do = _rows(DO + b * o_sb + h * o_sh, n, o_st, od, D, DP)
@@ -183,25 +250,23 @@ def query_grad_kernel(
     if not HAS_GATE:
         tl.store(DELTA + lines + own, delta)
     lse = tl.load(LSE + lines + rank)
+    gate = delta
     if HAS_GATE:
         gate = tl.load(GATES + line * _padded(T) + rank)
     K += b * k_sb + g * k_sh
     V += b * v_sb + g * v_sh
     scale2 = scale * LOG2E
     dq, dot = tl.zeros([BM, DP], tl.float32), tl.zeros([BM], tl.float32)
-    for block in range(blocks):
-        at = low + block * BN
-        k = _tile(K, at, on, T, k_st, od, D, DP)
-        s = tl.dot(q, tl.trans(k), input_precision=PREC)
-        dp = tl.dot(do, tl.trans(_tile(V, at, on, T, v_st, od, D, DP)), input_precision=PREC)
-        if (at < high) | (at + BN > first + 1):
-            i = at + on
-            s = tl.where((i[None, :] <= n[:, None]) & (i[None, :] >= begin[:, None]), s, HIDDEN)
-        p = tl.exp2(s * scale2 - lse[:, None])
-        if HAS_GATE:
-            dot += tl.sum(p * dp, 1)
-            dp *= gate[:, None]
-        dq = tl.dot((p * (dp - delta[:, None])).to(q.dtype), k, dq, input_precision=PREC)
+    if HAS_START:
+        dq, dot = _query_grad(
+            dq, dot, q, do, n, begin, lse, delta, gate, K, V, START, k_st, v_st, b, low, whole, T, scale2, od, on, D, DP, BN, HAS_GATE, HAS_START, CAUSAL, PREC, True
+        )  # fmt: skip
+    dq, dot = _query_grad(
+        dq, dot, q, do, n, begin, lse, delta, gate, K, V, START, k_st, v_st, b, whole, whole_end, T, scale2, od, on, D, DP, BN, HAS_GATE, HAS_START, CAUSAL, PREC, False
+    )  # fmt: skip
+    dq, dot = _query_grad(
+        dq, dot, q, do, n, begin, lse, delta, gate, K, V, START, k_st, v_st, b, whole_end, end, T, scale2, od, on, D, DP, BN, HAS_GATE, HAS_START, CAUSAL, PREC, True
+    )  # fmt: skip
     tl.store(DQ + n.to(tl.int64)[:, None] * (G * R * D) + od[None, :], (dq * scale).to(q.dtype), mask=row_ok[:, None] & (od < D)[None, :])
     if HAS_GATE:
         tl.store(DELTA + lines + own, dot)
@@ -222,7 +287,7 @@ def key_grad_kernel(
     Q, K, V, DO, LSE, DELTA, DK, DV, INDEX, GATES, BEFORE, START,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, o_sb, o_st, o_sh, T, TILES, G, scale,
     R: tl.constexpr, UNITS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_START: tl.constexpr, PREC: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_START: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BN keys of one KV head and of their values. BN is the GRAIN of BEFORE."""
     pid = tl.program_id(0)
@@ -230,11 +295,14 @@ def key_grad_kernel(
     b, g, at = bg // G, bg % G, tile * BN
     od, om, on = tl.arange(0, DP), tl.arange(0, BM), tl.arange(0, BN)
     i = at + on
+    lower = i if CAUSAL else i * 0
     if HAS_START:
         key = tl.minimum(i, T - 1)
         begin = _begin(START, b, key, T, HAS_START)
         document_end = _document_end(START, b, tl.minimum(at + BN, T) - 1, T, HAS_START)
-        limit = tl.min(tl.where(begin[None, :] > key[:, None], begin[None, :], document_end), 1)  # a key is seen by the queries from its own to this
+        limit = tl.min(tl.where(begin[None, :] > key[:, None], begin[None, :], document_end), 1)  # a key is seen by the queries from `lower` to this
+        if not CAUSAL:
+            lower = begin
     k = _tile(K + b * k_sb + g * k_sh, at, on, T, k_st, od, D, DP)
     v = _tile(V + b * v_sb + g * v_sh, at, on, T, v_st, od, D, DP)
     Q += b * q_sb + g * R * q_sh
@@ -246,7 +314,13 @@ def key_grad_kernel(
     for unit in range(UNITS):
         line = bg * UNITS + unit
         index, before = INDEX + line * T, BEFORE + line * (TILES + 1)
-        first, whole, end = tl.load(before + tile), tl.load(before + tile + 1), tl.load(before + TILES)
+        end = tl.load(before + TILES)
+        if CAUSAL:
+            first, whole = tl.load(before + tile), tl.load(before + tile + 1)
+        elif HAS_START:
+            first, whole = _rank(index, before, tl.min(lower, 0), TILES, BN), _rank(index, before, tl.max(lower, 0), TILES, BN)
+        else:
+            first, whole = end * 0, end * 0
         whole_end = end
         if HAS_START:
             end, whole_end = _rank(index, before, document_end, TILES, BN), _rank(index, before, tl.min(limit, 0), TILES, BN)
@@ -264,7 +338,7 @@ def key_grad_kernel(
             s = tl.dot(k, tl.trans(q), input_precision=PREC)
             if (j0 < whole) | (j0 + BM > whole_end):
                 here = tl.load(index + tl.minimum(j0 + om, end - 1))  # again: its registers are free meanwhile
-                seen = (here[None, :] >= i[:, None]) & (j0 + om < end)[None, :]
+                seen = (here[None, :] >= lower[:, None]) & (j0 + om < end)[None, :]
                 if HAS_START:
                     seen &= here[None, :] < limit[:, None]
                 s = tl.where(seen, s, HIDDEN)
@@ -299,15 +373,15 @@ def _blocks(D: int, narrow: bool, arch: int = 90) -> dict[str, Any]:
         blocks = {
             "forward": (64, 64, {"num_warps": 4, "num_stages": 3})
             if DP == 128
-            else (128, 64 if DP > 64 else 128, {"num_warps": 8, "num_stages": 2 if DP > 128 else 3}),
-            "query": (128 if DP <= 128 else 64, 64, {"num_warps": 8, "num_stages": 2}),
+            else (128, 128 if DP <= 64 else 32, {"num_warps": 8, "num_stages": 2 if DP <= 64 else 3}),
+            "query": (128 if DP <= 128 else 64, 64 if DP <= 128 else 32, {"num_warps": 8, "num_stages": 3 if DP == 128 else 2}),
             "key": (64, 64, {"num_warps": 4, "num_stages": 2})
             if DP == 128
             else (64 if DP <= 64 else 32, 128 if DP <= 64 else 64, {"num_warps": 8, "num_stages": 2}),
         }
     else:
         blocks = {
-            "forward": (128 if DP <= 128 else 64, 64 if DP <= 64 else 32, {"num_warps": 8 if DP > 64 else 4, "num_stages": 2}),
+            "forward": (128 if DP <= 128 else 64, 64 if DP <= 64 else 32, {"num_warps": 8, "num_stages": 2}),
             "query": (64, 64 if DP <= 64 else 32, {"num_warps": 4 if DP <= 64 else 8, "num_stages": 2 if DP <= 128 else 1}),
             "key": (32 if DP <= 128 else 16, 64, {"num_warps": 4 if DP <= 64 else 8, "num_stages": 2 if DP <= 128 else 1}),
         }
@@ -321,10 +395,25 @@ _POINTERS = {
     "ACTIVE": "*u8",
     "scale": "fp32",
 }  # fmt: skip
-# head_dim, query heads per KV head, units of a KV head, gates, padding or packing
-_SHIPPED = ((64, 3, 1, True, False), (128, 4, 1, True, False), (128, 1, 1, True, True), (128, 4, 4, False, False), (256, 2, 1, False, True))
-# Bytes of stack accepted, see span/triton.py; with Triton 3.6, 16 are enough.
-_STACK = {"heads-key_grad_kernel-d128-r1-u1-gates-packed": 80, "heads-key_grad_kernel-d128-r4-u4": 32, "heads-key_grad_kernel-d256-r2-u1-packed": 144}
+# head_dim, query heads per KV head, units of a KV head, gates, padding or packing, causal
+_SHIPPED = (
+    (64, 3, 1, True, False, True),
+    (128, 4, 1, True, False, True),
+    (128, 1, 1, True, True, True),
+    (128, 4, 4, False, False, True),
+    (256, 2, 1, False, True, True),
+    (64, 1, 1, True, True, False),
+)
+# Bytes of stack accepted, see span/triton.py. With Triton 3.6, 16 are enough for gradients of keys. Those of queries spill ten numbers with head_dim 128
+# and three stages; three were measured a fifth faster than two, which spill none.
+_STACK = {
+    "heads-key_grad_kernel-d128-r1-u1-gates-packed": 80,
+    "heads-key_grad_kernel-d128-r4-u4": 32,
+    "heads-key_grad_kernel-d256-r2-u1-packed": 144,
+    "heads-query_grad_kernel-d128-r4-u1-gates": 40,
+    "heads-query_grad_kernel-d256-r2-u1-packed": 40,
+    "heads-query_grad_kernel-d64-r1-u1-gates-packed-bidirectional": 16,
+}
 
 
 def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
@@ -335,19 +424,19 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
     """
     configs = []
     kernels = {"forward": forward_kernel, "query": query_grad_kernel, "key": key_grad_kernel, "list": list_kernel}
-    for D, R, units, has_gate, has_start in _SHIPPED:
+    for D, R, units, has_gate, has_start, causal in _SHIPPED:
         blocks = _blocks(D, True, arch)
         blocks["list"] = (0, 0, LIST_OPTIONS)
         for label, kernel in kernels.items():
             BM, BN, options = blocks[label]
             values = {"R": R, "UNITS": units, "D": D, "DP": blocks["DP"], "BM": BM, "BN": BN, "GRAIN": blocks["key"][1], "BLOCK": LIST_BLOCK}
-            values |= {"HAS_GATE": has_gate, "HAS_START": has_start, "PREC": "tf32"}
+            values |= {"HAS_GATE": has_gate, "HAS_START": has_start, "CAUSAL": causal, "PREC": "tf32"}
             values |= dict.fromkeys(("GATE", "GATES", "DOT") * (not has_gate) + ("START",) * (not has_start))
             constexprs = {name: values[name] for name in kernel.arg_names if name in values}
             signature = {
                 name: "constexpr" if name in constexprs else _POINTERS.get(name, "i32:16" if name.endswith(("_sb", "_st", "_sh")) else "i32")
                 for name in kernel.arg_names
             }
-            name = f"heads-{kernel.__name__}-d{D}-r{R}-u{units}" + "-gates" * has_gate + "-packed" * has_start
+            name = f"heads-{kernel.__name__}-d{D}-r{R}-u{units}" + "-gates" * has_gate + "-packed" * has_start + "-bidirectional" * (not causal)
             configs.append((name, kernel, signature, constexprs, options, _STACK.get(name, 0)))
     return configs

@@ -2,9 +2,10 @@
 
 y_t = sum over the units u that token t uses of g_tu H_tu W_O^u
 
-A unit is a KV head with the query heads that share it, or a single query head. Some units are shared: all tokens use them. Of the others a router chooses
-the best for each token, by the norms of its queries (no parameters) or by learned maps of its input. What a token does not use is not computed: its
-part of the attention in a prefill, the reading of its keys in a decode step. All keys and values are made and kept, since later tokens may look at them.
+A unit is a KV head with the query heads that share it, or a single query head. Some units may be shared: all tokens use them. Of the others a router chooses
+the best for each token: those that will add most to the layer's output, estimated from its input, or by one of the published routers. What a token does not
+use is not computed: its part of the attention in a prefill, the reading of its keys in a decode step. All keys and values are made and kept, since later
+tokens may look at them.
 """
 
 from __future__ import annotations
@@ -30,25 +31,29 @@ class MohConfig(MethodConfig):
     active: float = Field(
         default=0.75, gt=0, le=1, description="share of the units that a token uses, rounded to whole units; 1 = all, which is softmax attention"
     )
+    allocate: Literal["even", "calibration"] = Field(
+        default="even",
+        description="how many units the tokens use in each layer: even = active in every layer; calibration = more where leaving some out changes the model's output most, active on "
+        "average; needs the router output_norm",
+    )
     shared: float = Field(
-        default=0.5, ge=0, lt=1, description="share of the units that all tokens use, part of active, rounded down and to less than what is used"
+        default=0, ge=0, lt=1, description="share of the units that all tokens use, part of active, rounded down and to less than what is used"
     )
     choose_shared: Literal["calibration", "first"] = Field(
         default="calibration",
         description="which units are shared: calibration = those with the largest outputs after o_proj on some text; first = the first ones",
     )
     shared_units: tuple[int, ...] | None = Field(default=None, description="numbers of the shared units, from 0, in place of shared and choose_shared")
-    router: Literal["norm", "learned"] = Field(
-        default="norm",
-        description="what chooses the other units: norm = the norms of their queries (no parameters); learned = linear maps of the layer's input",
+    router: Literal["output_norm", "norm", "learned"] = Field(
+        default="output_norm",
+        description="what chooses the other units: output_norm = the norms of their outputs after o_proj, estimated from the layer's input by a linear map that is fitted to some "
+        "text; norm = the norms of their queries (no parameters), as published; learned = linear maps of the layer's input that start from nothing, as published",
     )
     gates: Literal["hard", "soft"] = Field(
         default="hard",
         description="what a used unit is multiplied by: hard = 1, with the gradient of its score; soft = its score, scaled so that outputs keep their size",
     )
-    anneal: float = Field(
-        default=0.5, ge=0, le=1, description="share of finetuning over which a token's units go from all to active; 0 = active from the start"
-    )
+    anneal: float = Field(default=0, ge=0, le=1, description="share of finetuning over which a token's units go from all to active; 0 = active from the start")
 
     @model_validator(mode="after")
     def _units_once(self) -> MohConfig:
@@ -81,6 +86,8 @@ def check(config: MohConfig, site: Site) -> list[str]:
         )
     if shared >= used:
         problems.append(f"{shared} shared units and {used} used ones leave a router nothing to choose; {used - 1} shared_units at most")
+    if config.allocate == "calibration" and config.router != "output_norm":
+        problems.append(f"allocate: calibration measures what layers lose by the router output_norm, not {config.router}; set allocate to even")
     if any(unit >= units for unit in config.shared_units or ()):
         problems.append(f"shared_units {list(config.shared_units or ())} are beyond the layer's {units} {what}")
     return problems
@@ -97,11 +104,12 @@ def cost(config: MohConfig, site: Site, length: int, element_size: int) -> Layer
     """Attention in proportion to the units that a token uses; a cache of all keys and values. The hidden size, which a site does not tell, is taken to be H D."""
     units, used, shared = counts(config, site)
     slots = site.num_key_value_heads * ring_size(0, fixed_point(1.0), 0, length)
-    maps = 0 if config.router == "norm" else units - shared + (2 + shared if shared else 0)
+    routed, width = units - shared, site.num_heads * site.head_dim
+    maps = {"norm": 0, "output_norm": routed * (width + 1), "learned": (routed + (2 + shared if shared else 0)) * width}
     return LayerCost(
         state_bytes=2 * slots * site.head_dim * element_size,
         flops=softmax_cost(site, length, element_size).flops * used // units,
-        num_parameters=maps * site.num_heads * site.head_dim,
+        num_parameters=maps[config.router],
     )
 
 
@@ -116,7 +124,7 @@ METHOD = Method(
     runtime_config=runtime_config,
     cost=cost,
     examples=(
-        MohConfig(unit="query_head", active=0.75, shared=0.25),
+        MohConfig(unit="query_head", active=0.75, shared=0.25, router="norm"),
         MohConfig(active=0.5, shared=0, gates="soft"),
         MohConfig(unit="query_head", active=0.5, shared_units=(2,), router="learned", gates="soft"),
     ),

@@ -88,13 +88,15 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def __getattr__(name: str) -> Any:
-    """`AttnConvertLlamaForCausalLM` on request, so that auto_map can name generated classes."""
+    """`AttnConvertLlamaForCausalLM` on request, so that auto_map can name generated classes; configs too, so that they can be pickled."""
     if name.startswith(PREFIX) and name != PREFIX:
         import transformers
 
         base = getattr(transformers, name[len(PREFIX) :], None)
         if isinstance(base, type) and issubclass(base, PreTrainedModel):
             return model_class(base)
+        if isinstance(base, type) and issubclass(base, PretrainedConfig):
+            return config_class(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
