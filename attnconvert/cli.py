@@ -96,6 +96,9 @@ SkipOption = Annotated[
 SeedOption = Annotated[
     int | None, typer.Option(metavar="N", rich_help_panel=_RUN_PANEL, show_default="the recipe's", help="Seed of data order, initialisation and evaluation.")
 ]
+TemperatureOption = Annotated[
+    float, typer.Option(metavar="T", min=0.0, rich_help_panel=_RUN_PANEL, help="0 = always the most likely token; higher = more varied.")
+]
 DeviceOption = Annotated[
     str, typer.Option(metavar="DEVICE", rich_help_panel=_MACHINE_PANEL, help="auto, cpu, cuda or cuda:N. auto takes the GPU if there is one.")
 ]
@@ -391,6 +394,8 @@ def next_steps(path: Path, *, adapters_only: bool, stock: str | None = None) -> 
         "Try it:",
         "",
         f"  attnconvert generate {quoted} 'Once upon a time'",
+        f"  attnconvert chat {quoted}",
+        f"  attnconvert serve {quoted}",
     ]
     return "\n".join(lines)
 
@@ -1048,9 +1053,7 @@ def generate(
     model: Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="A converted checkpoint; or any model that `linearize` takes.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False, help="Text to continue; `-` reads it from standard input.")],
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_RUN_PANEL, help="Stop after this many tokens.")] = 100,
-    temperature: Annotated[
-        float, typer.Option(metavar="T", min=0.0, rich_help_panel=_RUN_PANEL, help="0 = always the most likely token; higher = more varied.")
-    ] = 0.0,
+    temperature: TemperatureOption = 0.0,
     chat: Annotated[bool, typer.Option("--chat", rich_help_panel=_RUN_PANEL, help="Use the model's chat template.")] = False,
     seed: Annotated[int, typer.Option(metavar="N", rich_help_panel=_RUN_PANEL, help="Seed of the draws, with --temperature.")] = 0,
     device: DeviceOption = "auto",
@@ -1068,9 +1071,8 @@ def generate(
         sys.stdout.flush()
 
     with _libraries(verbose):
-        from attnconvert.convert.generate import generate_text
+        from attnconvert.convert.generate import generate_text, summarize
         from attnconvert.convert.reevaluate import load_saved
-        from attnconvert.convert.report import format_bytes
 
         loaded = load_saved(model, dtype=dtype, device=_resolved(device))
         made = generate_text(
@@ -1087,11 +1089,85 @@ def generate(
         _print_json(made.to_dict())
         return
     typer.echo("")
-    speed = f", {made.tokens_per_second:.1f} tokens/s" if made.tokens_per_second is not None else ""
-    cache = f"cache {format_bytes(made.cache_bytes)}"
-    if made.softmax_cache_bytes is not None:
-        cache += f" (softmax attention: {format_bytes(made.softmax_cache_bytes)})"
-    _say(f"\n{made.num_prompt_tokens} + {made.num_new_tokens} tokens, first after {made.prefill_seconds:.2f} s{speed}; {cache}")
+    _say(f"\n{summarize(made)}")
+
+
+@app.command(
+    rich_help_panel=_USE,
+    epilog=_examples(
+        "attnconvert chat SmolLM2-135M-Instruct-hedgehog",
+        "attnconvert chat SmolLM2-135M-Instruct-hedgehog --system 'Answer in one sentence.' --temperature 0.7 --top-p 0.9",
+        "attnconvert chat ./my-model < questions.txt   (one message a line; any model, for comparison)",
+    ),
+)
+def chat(
+    model: Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="A converted checkpoint; or any model that `linearize` takes.")],
+    system: Annotated[str | None, typer.Option(metavar="TEXT", rich_help_panel=_RUN_PANEL, help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_RUN_PANEL, help="Longest answer, in tokens.")] = 512,
+    temperature: TemperatureOption = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(metavar="P", min=0.0, max=1.0, rich_help_panel=_RUN_PANEL, help="With --temperature: draw from the likeliest tokens that make up P."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", rich_help_panel=_RUN_PANEL, help="Seed of the draws, with --temperature.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    verbose: VerboseOption = False,
+) -> None:
+    """Talk with a model, converted or not; each answer with its speed and the size of its cache. From a pipe, each line is a message."""
+    _check_choice("dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
+    _check_device(device)
+    if top_p == 0.0:
+        raise typer.BadParameter("0 would leave no token to draw; --temperature 0 takes the likeliest", param_hint="--top-p")
+    with _libraries(verbose):
+        import torch
+
+        from attnconvert.convert.reevaluate import load_saved
+        from attnconvert.serving.chat import Chat, converse
+
+        talk = Chat(load_saved(model, dtype=dtype, device=_resolved(device)), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        if system is not None:
+            talk.set_system(system)
+        torch.manual_seed(seed)
+        converse(talk, _stdout(), _stderr())
+
+
+@app.command(
+    rich_help_panel=_USE,
+    epilog=_examples(
+        "attnconvert serve SmolLM2-135M-Instruct-hedgehog",
+        "attnconvert serve SmolLM2-135M-Instruct-gqa --port 8080 --engine vllm -- --max-model-len 4096",
+        "attnconvert serve SmolLM2-135M-Instruct-hedgehog --dry-run   (checks everything, prints the engine's command)",
+    ),
+)
+def serve(
+    model: Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="A checkpoint: converted, a stock export, or any other; or `demo`.")],
+    extra: Annotated[list[str] | None, typer.Argument(metavar="[-- ARGUMENT...]", show_default=False, help="Arguments for the engine.")] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="ENGINE", rich_help_panel=_RUN_PANEL, help="auto, vllm or transformers. auto takes vLLM where it is installed and knows the model."
+        ),
+    ] = "auto",
+    host: Annotated[str, typer.Option(metavar="HOST", rich_help_panel=_RUN_PANEL, help="Address to listen on; 0.0.0.0 = every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, rich_help_panel=_RUN_PANEL, help="TCP port.")] = 8000,
+    device: DeviceOption = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", rich_help_panel=_RUN_PANEL, help="Print the engine's command and start nothing.")] = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Serve a checkpoint over HTTP with the API of OpenAI: vLLM where it can, else transformers' own server. Ctrl-C ends it."""
+    _check_choice("engine", engine, ("auto", "vllm", "transformers"))
+    _check_device(device)
+    with _libraries(verbose):
+        from attnconvert.serving import engine as engines
+
+        launch = engines.prepare(model, engine=engine, host=host, port=port, device=device if device == "auto" else _resolved(device), extra=extra or ())
+    if dry_run:
+        _say(launch.why)
+        typer.echo(shlex.join(launch.command))
+        return
+    _say(engines.render(launch))
+    raise typer.Exit(engines.start(launch))
 
 
 # ---------------------------------------------------------------- look things up

@@ -92,6 +92,8 @@ COMMANDS = (
     "card",
     "compare",
     "generate",
+    "chat",
+    "serve",
     "methods",
     "doctor",
     "recipes",

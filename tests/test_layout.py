@@ -32,12 +32,13 @@ def test_imports_point_down() -> None:
     code = "from importlinter.cli import lint_imports; import sys; sys.exit(lint_imports(no_cache=True))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Contracts: 5 kept, 0 broken." in done.stdout
+    assert "Contracts: 7 kept, 0 broken." in done.stdout
 
 
 def test_every_module_imports_on_its_own() -> None:
     assert len(MODULES) > 30
-    importable = [name for name in MODULES if not name.endswith(".__main__")]
+    inside_vllm = {"attnconvert.serving.vllm.models", "attnconvert.serving.vllm.layers"}  # vLLM imports them; tests/serving_vllm does it
+    importable = [name for name in MODULES if not name.endswith(".__main__") and name not in inside_vllm]
     # one process, but each module with attnconvert's others forgotten, so that a missing import cannot hide behind an earlier one
     code = f"""
 import importlib, sys, traceback

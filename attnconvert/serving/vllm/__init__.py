@@ -1,0 +1,1 @@
+"""Converted models in vLLM: an out-of-tree plug-in. vLLM calls `plugin.register`; `plan` and `pool` work without vLLM."""
