@@ -415,8 +415,8 @@ def _blocks(D: int, narrow: bool, arch: int = 90) -> dict[str, Any]:
         }
     else:
         blocks = {
-            "forward": (128 if DP <= 128 else 64, 64 if DP <= 64 else 32, {"num_warps": 8 if DP > 64 else 4, "num_stages": 2}),
-            "query": (64, 64 if DP <= 64 else 32, {"num_warps": 4 if DP <= 64 else 8, "num_stages": 2 if DP <= 128 else 1}),
+            "forward": (128 if DP <= 128 else 64, 64 if DP <= 64 else 32, {"num_warps": 8, "num_stages": 2}),
+            "query": (64, 32, {"num_warps": 4 if DP <= 64 else 8, "num_stages": 2 if DP <= 128 else 1}),
             "key": (32 if DP <= 128 else 16, 64, {"num_warps": 4 if DP <= 64 else 8, "num_stages": 2 if DP <= 128 else 1}),
             "sink": (32 if DP <= 128 else 16, 64, {"num_warps": 4 if DP <= 64 else 8, "num_stages": 2 if DP <= 128 else 1}),
         }
