@@ -688,7 +688,7 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
         if arch < 90:
             max_stack = 224 if "maxnreg" in options else 48
         else:
-            max_stack = 128 if D == 256 else 80 if "maxnreg" in options else 64 if D * F2 == 128 * 128 else 0
+            max_stack = 128 if D == 256 else 80 if "maxnreg" in options or D * F2 == 128 * 128 else 0
         name = f"decode-d{D}-f{F2}-h{H}-g{G}-b{B}-{kind}{C}" + ("" if default else "-lolcats") + "-pool" * pool
         configs.append((name, decode_step, signature, constants, options, max_stack))
     return configs
