@@ -212,17 +212,15 @@ def test_choice_is_that_of_pytorch_in_one_launch_of_a_graph(batch, units, heads,
     q = torch.randn(batch, heads, 1, dim, generator=generator, device="cuda", dtype=BF16).transpose(1, 2)
     q = q * torch.rand(batch, 1, heads, 1, generator=generator, device="cuda", dtype=torch.float32).exp().to(BF16)
     scores = torch.randint(0, 4, (batch, 1, units - shared), generator=generator, device="cuda").float()
-    factor = 0.5 + torch.rand(units, generator=generator, device="cuda")
     for num_chosen in {1, (units - shared) // 2}:
         assert torch.equal(route_scores(scores, columns, num_chosen), route_scores(scores, columns, num_chosen, impl="reference"))
-        for weights in (None, factor):
-            used = route_queries(q, columns, num_chosen, weights)
-            norms = q.double().square().unflatten(2, (units, -1)).sum((3, 4)).sqrt() * (1 if weights is None else weights)
-            least = norms.masked_fill(~used | (columns < 0), torch.inf).amin(-1)
-            most = norms.masked_fill(used, -torch.inf).amax(-1)
-            assert (used.sum(-1) == shared + num_chosen).all()
-            assert used[..., columns < 0].all()
-            assert (least >= most * (1 - 1e-6)).all()  # norms that agree to fp32's last digits may be taken either way
+        used = route_queries(q, columns, num_chosen)
+        norms = q.double().square().unflatten(2, (units, -1)).sum((3, 4)).sqrt()
+        least = norms.masked_fill(~used | (columns < 0), torch.inf).amin(-1)
+        most = norms.masked_fill(used, -torch.inf).amax(-1)
+        assert (used.sum(-1) == shared + num_chosen).all()
+        assert used[..., columns < 0].all()
+        assert (least >= most * (1 - 1e-6)).all()  # norms that agree to fp32's last digits may be taken either way
     out, allocations = replayed(lambda: route_queries(q, columns, 1), lambda: q.copy_(q.flip(0).roll(1, 2)))
     assert allocations == 1
     assert torch.equal(out, route_queries(q, columns, 1))

@@ -73,16 +73,13 @@ def test_highest_scores_are_chosen_and_of_equal_ones_the_first(interpreter, size
 def compare_queries(size, layout):
     num_units, heads, dim, num_shared = size
     q, columns = draw_queries(num_units, heads, dim, num_shared, layout)
-    for factor in (None, 0.5 + torch.rand(num_units, generator=torch.Generator().manual_seed(1))):
-        scores = q.double().square().unflatten(2, (num_units, -1)).sum((3, 4)).sqrt() * (1 if factor is None else factor)
-        if factor is None:
-            scores = scores.float()  # as the units that are alike are for every sum
-        scores = scores[..., columns.argsort()[num_shared:]]
-        for num_chosen in {1, (num_units - num_shared) // 2}:
-            with poison():
-                got = route_queries(q, columns, num_chosen, factor, impl="triton")
-            assert torch.equal(got, slow_choice(scores, columns, num_chosen))
-            assert torch.equal(got, route_queries(q, columns, num_chosen, factor, impl="reference"))
+    scores = q.double().square().unflatten(2, (num_units, -1)).sum((3, 4)).sqrt().float()  # as the units that are alike are for every sum
+    scores = scores[..., columns.argsort()[num_shared:]]
+    for num_chosen in {1, (num_units - num_shared) // 2}:
+        with poison():
+            got = route_queries(q, columns, num_chosen, impl="triton")
+        assert torch.equal(got, slow_choice(scores, columns, num_chosen))
+        assert torch.equal(got, route_queries(q, columns, num_chosen, impl="reference"))
 
 
 @interpreted

@@ -38,23 +38,17 @@ def route_scores(scores: Tensor, columns: Tensor, num_chosen: int, *, impl: Impl
     if _takes_triton(impl, scores, columns):
         from attnconvert.kernels.heads.triton_routing import triton_route
 
-        return triton_route(scores, columns, None, num_chosen)
+        return triton_route(scores, columns, num_chosen)
     return _chosen(scores.detach()[..., columns.clamp_min(0)], columns, num_chosen)
 
 
-def route_queries(q: Tensor, columns: Tensor, num_chosen: int, factor: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
-    """`route_scores` with the scores `unit_norms(q, U) * factor` of the routed units, one launch in Triton.
-
-    Args:
-        q: [B, T, H, D].
-        factor: [U] fp32, or None for 1.
-    """
+def route_queries(q: Tensor, columns: Tensor, num_chosen: int, *, impl: Impl = "auto") -> Tensor:
+    """`route_scores` with the scores `unit_norms(q, U)` of the routed units, one launch in Triton. q: [B, T, H, D]."""
     if _takes_triton(impl, q, columns):
         from attnconvert.kernels.heads.triton_routing import triton_route
 
-        return triton_route(q, columns, factor, num_chosen)
-    norms = unit_norms(q.detach(), len(columns))
-    return _chosen(norms if factor is None else norms * factor.detach(), columns, num_chosen)
+        return triton_route(q, columns, num_chosen)
+    return _chosen(unit_norms(q.detach(), len(columns)), columns, num_chosen)
 
 
 def _chosen(scores: Tensor, columns: Tensor, num_chosen: int) -> Tensor:

@@ -27,7 +27,7 @@ TILE = 8192  # numbers of queries that a program looks at together
 
 @triton.jit
 def route_kernel(
-    X, FACTOR, COLUMNS, ACTIVE, x_sb, x_st, x_sh, T, num_chosen,
+    X, COLUMNS, ACTIVE, x_sb, x_st, x_sh, T, num_chosen,
     U: tl.constexpr, UP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (B T,). X: queries [B, T, H, D], WIDTH numbers of each unit, or, where WIDTH is 0, scores [B, T, E]. ACTIVE [B, T, U], 0 or 1."""
@@ -46,8 +46,6 @@ def route_kernel(
             x = tl.load(X + (unit[:, None] * (WIDTH // D) + (at // D)[None, :]) * x_sh + (at % D)[None, :], mask=there, other=0.0).to(tl.float32)
             squares += tl.sum(x * x, 1)
         score = tl.sqrt_rn(squares)
-        if FACTOR is not None:
-            score *= tl.load(FACTOR + unit, mask=unit < U, other=0.0)
     score = tl.where(score == score, score, float("inf"))
     before = (score[:, None] > score[None, :]) | ((score[:, None] == score[None, :]) & (unit[:, None] < unit[None, :]))
     rank = tl.sum((before & routed[:, None]).to(tl.int32), 0)
@@ -62,22 +60,22 @@ def _constants(num_units: int, width: int, D: int) -> dict[str, Any]:
 
 @functools.lru_cache(MAX_PLANS)
 def _plan(tensors: tuple[Any, ...], num_chosen: int) -> Plan:
-    """tensors: signatures of x, columns and factor."""
-    x, columns, factor = tensors
+    """tensors: signatures of x and columns."""
+    x, columns = tensors
     (B, T, *heads), (num_units,) = x[0], columns[0]
     constants = _constants(num_units, heads[0] * heads[1] // num_units, heads[1]) if len(heads) == 2 else _constants(num_units, 0, 1)
-    arguments = ("x", "factor" if factor else None, "columns", "active", *x[1][:2], x[1][2] if len(heads) == 2 else 0, T, num_chosen)
-    return Plan(x[3], ("x", "columns", "factor", "active"), [Launch(route_kernel, (B * T,), arguments, constants, OPTIONS)], {})
+    arguments = ("x", "columns", "active", *x[1][:2], x[1][2] if len(heads) == 2 else 0, T, num_chosen)
+    return Plan(x[3], ("x", "columns", "active"), [Launch(route_kernel, (B * T,), arguments, constants, OPTIONS)], {})
 
 
-def _route(x: Tensor, columns: Tensor, factor: Tensor | None, num_chosen: int) -> Tensor:
-    active = _shapes(x, columns, factor, num_chosen)
+def _route(x: Tensor, columns: Tensor, num_chosen: int) -> Tensor:
+    active = _shapes(x, columns, num_chosen)
     if active.numel():
-        _plan(signature(x, columns, factor), num_chosen)(x, columns, factor, active.view(torch.uint8))
+        _plan(signature(x, columns), num_chosen)(x, columns, active.view(torch.uint8))
     return active
 
 
-def _shapes(x: Tensor, columns: Tensor, factor: Tensor | None, num_chosen: int) -> Tensor:
+def _shapes(x: Tensor, columns: Tensor, num_chosen: int) -> Tensor:
     return torch.empty(*x.shape[:2], columns.shape[0], dtype=torch.uint8, device=x.device).view(torch.bool)
 
 
@@ -86,15 +84,15 @@ _LIBRARY = register(NAMESPACE, {"route": (_route, _shapes)})
 _op = getattr(torch.ops, NAMESPACE).route.default
 
 
-def triton_route(x: Tensor, columns: Tensor, factor: Tensor | None, num_chosen: int) -> Tensor:
+def triton_route(x: Tensor, columns: Tensor, num_chosen: int) -> Tensor:
     """`routing.route_scores` for scores [B, T, E], `routing.route_queries` for queries [B, T, H, D]."""
     x = x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
     run: Any = _route if runs_here(x) else _op
-    return run(x, columns, None if factor is None else factor.detach(), num_chosen)  # type: ignore[no-any-return]
+    return run(x, columns, num_chosen)  # type: ignore[no-any-return]
 
 
-# units, query heads, head_dim (0: scores), factors
-_SHIPPED = ((8, 32, 128, False), (32, 32, 128, True), (3, 9, 64, True), (128, 128, 128, True), (4, 8, 256, False), (8, 8, 0, False), (128, 128, 0, False))
+# units, query heads, head_dim (0: scores)
+_SHIPPED = ((8, 32, 128), (32, 32, 128), (3, 9, 64), (128, 128, 128), (4, 8, 256), (8, 8, 0), (128, 128, 0))
 
 
 def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], int]]:
@@ -104,10 +102,10 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
         arch: 10 * major + minor of the compute capability; nothing depends on it.
     """
     configs = []
-    for num_units, H, D, has_factor in _SHIPPED:
+    for num_units, H, D in _SHIPPED:
         constants = _constants(num_units, H * D // num_units, max(D, 1))
-        types = {"X": "*bf16" if D else "*fp32", "FACTOR": "*fp32", "COLUMNS": "*i64", "ACTIVE": "*u8", "T": "i32", "num_chosen": "i32"}
+        types = {"X": "*bf16" if D else "*fp32", "COLUMNS": "*i64", "ACTIVE": "*u8", "T": "i32", "num_chosen": "i32"}
         types |= dict.fromkeys(("x_sb", "x_st", "x_sh"), "i32:16" if D else "i32")
-        name = f"heads-route_kernel-u{num_units}" + (f"-h{H}-d{D}" if D else "-scores") + "-factor" * has_factor
-        configs.append((name, route_kernel, types, constants | ({} if has_factor else {"FACTOR": None}), OPTIONS, 0))
+        name = f"heads-route_kernel-u{num_units}" + (f"-h{H}-d{D}" if D else "-scores")
+        configs.append((name, route_kernel, types, constants, OPTIONS, 0))
     return configs
