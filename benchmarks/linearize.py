@@ -49,8 +49,9 @@ def cached_data(args: argparse.Namespace, tokenizer: Any, num_tokens: int) -> Da
         config = DataConfig(source=args.text, eval_source=args.heldout, align=64, recall=args.recall)
         data = load_data(config, tokenizer, length=args.length, num_train_tokens=num_tokens, num_eval_tokens=args.eval_tokens, eval_length=args.length)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"train": vars(data.train), "eval": vars(data.eval), "description": data.description}, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        part = path.with_suffix(f".{os.getpid()}.tmp")
+        torch.save({"train": vars(data.train), "eval": vars(data.eval), "description": data.description}, part)
+        os.replace(part, path)
     saved = torch.load(path, weights_only=True)
     return Data(PackedRows(**saved["train"]), PackedRows(**saved["eval"]), saved["description"])
 

@@ -6,7 +6,7 @@
 
 A variant is the share of the units that a token uses, in percent, and what a unit is: `75` and `67-group` = KV heads with their query heads, `78-head` = query heads.
 Everything else is the recipe `moh` with what --set says. For each number of tokens the model is converted and trained anew; `baseline_ppl` is that of the unconverted
-model, trained on the same rows with the same adapters, steps and losses (trained once for all variants, kept in --cache). A first row is the conversion without training.
+model, trained on the same rows with the same adapters, steps and losses (trained once for all variants, kept in --cache). A first row is the conversion without training, but with --only-trained.
 Writes OUT/moh-<label>-<variant>.json, row by row. With --routers nothing is trained: rows `moh.routers`, one for each way to choose the units in ROUTERS, and one for the
 units whose outputs have the largest norms, which is known when all are computed. Writes OUT/moh-routers-<label>-<variant>.json.
 """
@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=lambda text: [parse_token_count(part) for part in text.split(",")], default=[100_000], help="of finetuning, a row for each"
     )
+    parser.add_argument("--only-trained", action="store_true", help="no row before training")
     parser.add_argument("--routers", action="store_true", help="compare routers without training")
     parser.add_argument("--length", type=int, default=1024, help="tokens per row")
     parser.add_argument("--eval-tokens", type=parse_token_count, default=100_000)
@@ -222,7 +223,7 @@ def main() -> None:
     shown = [a for i, a in enumerate(sys.argv[1:]) if a not in hidden and sys.argv[i] not in hidden]
     result: dict[str, Any] = {"meta": meta(f"python benchmarks/mix_heads.py {shlex.join(shown)} --model MODEL --text TEXT --out OUT"), "rows": []}
     path = args.out / f"moh-{'routers-' if args.routers else ''}{args.label}-{args.variant}.json"
-    for row in router_rows(args) if args.routers else (row_of(args, tokens) for tokens in (0, *args.tokens)):
+    for row in router_rows(args) if args.routers else (row_of(args, tokens) for tokens in (*([] if args.only_trained else [0]), *args.tokens)):
         print("ROW", json.dumps({key: value for key, value in row.items() if key != "usage"}), flush=True)
         result["rows"].append(row)
         path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")

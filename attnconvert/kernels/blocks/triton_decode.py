@@ -39,7 +39,8 @@ MAX_BLOCKS = 16384  # of a cache
 COARSE_KEYS = 64  # coarse keys of a program
 FINE_KEYS = 128  # fine keys of a program
 LSE_PARTS = 64  # parts of a denominator that are read together
-MAX_SHARE = 16  # blocks of a program
+MAX_SHARE = 24  # blocks of a program
+ATTENDED_BYTES = 32768  # of keys that a program looks at together: what it does with them takes as long for few as for many
 TARGET_PROGRAMS = 132  # one for each multiprocessor of an H100: each chooses for itself, and several on one multiprocessor do so more slowly
 MERGED_FLOATS = 49152  # that the last program of a KV head adds up, about: one multiprocessor reads 0.1 MB in a microsecond
 
@@ -185,17 +186,36 @@ def block_decode_score(
 
 
 @triton.jit
+def _either_range(low, high, count, other_low, other_high, other_count):
+    return tl.minimum(low, other_low), tl.maximum(high, other_high), count + other_count
+
+
+@triton.jit
+def _both_sums(a, b, other_a, other_b):
+    return a + other_a, b + other_b
+
+
+@triton.jit
 def _best(bits, wanted):
-    """Which of the non-negative numbers are the `wanted` largest, earlier ones first where they are equal; negative ones never."""
-    low, high = 0, tl.max(bits, 0) + 1  # of the numbers, at least `wanted` are `low` or more and fewer are `high` or more
-    have = tl.sum((bits >= 0).to(tl.int32), 0)
+    """Which of the non-negative numbers are the `wanted` largest, earlier ones first where they are equal; negative ones never.
+
+    A search with four thresholds a round, since a round waits longer for its sums than it counts: two counts of 15 bits are a word.
+    """
+    there = (bits >= 0).to(tl.int32)
+    low, high, have = tl.reduce((tl.where(bits >= 0, bits, 0x7FFFFFFF), bits, there), 0, _either_range)
+    high += 1  # of the numbers, at least `wanted` are `low` or more and fewer are `high` or more
     while (high - low > 1) & (have > wanted):
-        middle = low + (high - low) // 2
-        count = tl.sum((bits >= middle).to(tl.int32), 0)
-        enough = count >= wanted
-        low = tl.where(enough, middle, low)
-        have = tl.where(enough, count, have)
-        high = tl.where(enough, high, middle)
+        first, top, step = low, high, (high - low + 4) // 5
+        one = (bits >= tl.minimum(first + step, top)).to(tl.int32) + tl.where(bits >= tl.minimum(first + 2 * step, top), 1 << 15, 0)
+        two = (bits >= tl.minimum(first + 3 * step, top)).to(tl.int32) + tl.where(bits >= tl.minimum(first + 4 * step, top), 1 << 15, 0)
+        one, two = tl.reduce((one, two), 0, _both_sums)
+        for way in tl.static_range(4):  # counts fall: the last threshold with enough is the new lower bound, the next one the upper
+            threshold = tl.minimum(first + (way + 1) * step, top)
+            count = ((one if way < 2 else two) >> (15 * (way % 2))) & 0x7FFF
+            enough = count >= wanted
+            low = tl.where(enough, threshold, low)
+            have = tl.where(enough, count, have)
+            high = tl.where(enough, high, tl.minimum(high, threshold))
     best = (bits >= low).to(tl.int32)
     if have > wanted:
         equal = (bits == low).to(tl.int32)
@@ -208,7 +228,8 @@ def _best(bits, wanted):
 def block_decode_attend(
     Q, CACHE_K, CACHE_V, OWN, LAST, POSITION, LIST, PART, STATS, COUNTER, OUT, q_row, q_head, capacity, num_init, num_local, num_blocks, dense_len, scale,
     BLOCK: tl.constexpr, LEAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
-    BN: tl.constexpr, SHARE: tl.constexpr, NB: tl.constexpr, RP: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, SHARE: tl.constexpr, LISTED: tl.constexpr, NB: tl.constexpr, RP: tl.constexpr,
+    BS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (most shares of visible blocks, G, B).
 
@@ -235,8 +256,8 @@ def block_decode_attend(
             tl.store(OUT + out_at, tl.zeros([RP, BD], OUT.dtype.element_ty), mask=out_mask)
     elif first < count:
         mine = (bg * tl.num_programs(0) + program) * SHARE
-        j = first + tl.arange(0, SHARE)
-        tl.store(LIST + mine + tl.arange(0, SHARE), tl.where(j < init, j, low + j - init - wanted), mask=(j < init) | (j >= init + wanted))
+        j = first + tl.arange(0, LISTED)
+        tl.store(LIST + mine + tl.arange(0, LISTED), tl.where(j < init, j, low + j - init - wanted), mask=(j < last) & ((j < init) | (j >= init + wanted)))
         if (first < init + wanted) & (last > init):
             i = tl.arange(0, NB)
             free = i < low - num_init
@@ -257,8 +278,10 @@ def block_decode_attend(
         total = tl.zeros([ROWS], tl.float32)
         out = tl.zeros([ROWS, BD], tl.float32)
         for n0 in range(0, (last - first) * BLOCK, BN):
-            n = tl.load(LIST + mine + n0 // BLOCK) * BLOCK + n0 % BLOCK + tl.arange(0, BN)
-            seen = n <= position  # a program's first key always is
+            at_key = n0 + tl.arange(0, BN)
+            listed = at_key < (last - first) * BLOCK
+            n = tl.load(LIST + mine + at_key // BLOCK, mask=listed, other=0) * BLOCK + at_key % BLOCK
+            seen = listed & (n <= position)  # a program's first key always is
             at = n[:, None].to(tl.int64) * D + d[None, :]
             mask = seen[:, None] & (d < D)[None, :]
             keys = tl.load(CACHE_K + at, mask=mask, other=0.0)
@@ -280,21 +303,21 @@ def block_decode_attend(
         tl.debug_barrier()  # every thread's stores come before the one thread's release
         if tl.atomic_add(COUNTER + bg, 1, sem="acq_rel", scope="gpu") == programs - 1:
             largest_of_all = tl.full([RP], HIDDEN, tl.float32)
+            for p0 in range(0, programs, BS):
+                p = p0 + tl.arange(0, BS)
+                at = (bg * tl.num_programs(0) + p)[:, None] * GROUP + r[None, :]
+                maxima = tl.load(STATS + at * 2, mask=(p < programs)[:, None] & (r < GROUP)[None, :], other=HIDDEN, cache_modifier=".cg")
+                largest_of_all = tl.maximum(largest_of_all, tl.max(maxima, 0))
             total_of_all = tl.zeros([RP], tl.float32)
             sum_of_all = tl.zeros([RP, BD], tl.float32)
-            for p0 in tl.range(0, programs, BP, num_stages=6):  # the option makes loads run ahead in a loop without dot products
-                p = p0 + tl.arange(0, BP)
-                at = (bg * tl.num_programs(0) + p)[:, None] * GROUP + r[None, :]
-                there = (p < programs)[:, None] & (r < GROUP)[None, :]
-                maxima = tl.load(STATS + at * 2, mask=there, other=HIDDEN, cache_modifier=".cg")
-                sums = tl.load(STATS + at * 2 + 1, mask=there, other=1.0, cache_modifier=".cg")
-                parts = tl.load(PART + at[:, :, None] * D + d[None, None, :], mask=there[:, :, None] & (d < D)[None, None, :], other=0.0, cache_modifier=".cg")
-                new_of_all = tl.maximum(largest_of_all, tl.max(maxima, 0))
-                weight = tl.exp2(maxima - new_of_all[None, :])
-                shrunk = tl.exp2(largest_of_all - new_of_all)
-                total_of_all = total_of_all * shrunk + tl.sum(weight * sums, 0)
-                sum_of_all = sum_of_all * shrunk[:, None] + tl.sum(weight[:, :, None] * parts, 0)
-                largest_of_all = new_of_all
+            for p in tl.range(0, programs, num_stages=6):  # the option makes loads run ahead in a loop without dot products
+                at = (bg * tl.num_programs(0) + p) * GROUP + r
+                maxima = tl.load(STATS + at * 2, mask=r < GROUP, other=HIDDEN, cache_modifier=".cg")
+                sums = tl.load(STATS + at * 2 + 1, mask=r < GROUP, other=1.0, cache_modifier=".cg")
+                parts = tl.load(PART + at[:, None] * D + d[None, :], mask=(r < GROUP)[:, None] & (d < D)[None, :], other=0.0, cache_modifier=".cg")
+                weight = tl.exp2(maxima - largest_of_all)
+                total_of_all += weight * sums
+                sum_of_all += weight[:, None] * parts
             tl.store(OUT + out_at, (sum_of_all / total_of_all[:, None]).to(OUT.dtype.element_ty), mask=out_mask)
 
 
@@ -317,7 +340,7 @@ def _share(num_rows: int, kv_heads: int, group: int, head_dim: int, rule: BlockR
     """Blocks of a program: enough programs to fill a GPU, but few enough parts to add up."""
     fill = triton.cdiv(num_rows * kv_heads * rule.num_blocks, TARGET_PROGRAMS)
     merge = triton.cdiv(rule.num_blocks * group * head_dim, MERGED_FLOATS)
-    return min(MAX_SHARE, triton.next_power_of_2(max(fill, merge)))
+    return min(MAX_SHARE, max(fill, merge))
 
 
 def _most_visible(blocks: int, rule: BlockRule) -> int:
@@ -338,8 +361,10 @@ def _constants(
     warps = 4 if NB <= 4096 else 8  # a program has all scores in registers
     append = {**shared, **means, "PADDED": padded, "BN": COARSE_KEYS}
     score = {**shared, **means, "LEAD": rule.lead, "COARSE_KEYS": COARSE_KEYS, "BN": FINE_KEYS, "BP": LSE_PARTS}
+    programs = triton.cdiv(_most_visible(blocks, rule), share)
     attend = {
-        **shared, "LEAD": rule.lead, "BN": min(rule.block_size, 64 if BD <= 128 else 32), "SHARE": share, "NB": NB, "RP": RP, "BP": max(1, min(16, 2048 // (RP * BD))),
+        **shared, "LEAD": rule.lead, "BN": min(256, ATTENDED_BYTES // (BD * (4 if exact else 2)), triton.next_power_of_2(share * rule.block_size)), "SHARE": share,
+        "LISTED": triton.next_power_of_2(share), "NB": NB, "RP": RP, "BS": min(triton.next_power_of_2(programs), 1024 // RP),
     }  # fmt: skip
     return (append, {"num_warps": 4, "num_stages": 2}), (score, {"num_warps": 4, "num_stages": 2}), (attend, {"num_warps": warps, "num_stages": 3})
 
@@ -453,30 +478,33 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
     }
     attend |= {"num_init": "i32", "num_local": "i32:16"}
     configs = []
-    for D, H, G, blocks, share, rule, padded in (
-        (128, 32, 2, 2048, 4, BlockRule(), True),
-        (128, 32, 2, 2048, 4, BlockRule(), False),
-        (128, 32, 8, 2048, 2, BlockRule(), True),
-        (128, 32, 8, 512, 16, BlockRule(), True),
-        (128, 32, 8, 16384, 2, BlockRule(), True),
+    for D, H, G, blocks, rows, rule, padded in (
+        (128, 32, 2, 2048, 1, BlockRule(), True),
+        (128, 32, 2, 2048, 1, BlockRule(), False),
+        (128, 32, 8, 2048, 1, BlockRule(), True),
+        (128, 32, 8, 512, 8, BlockRule(), True),
+        (128, 32, 8, 16384, 1, BlockRule(), True),
         (128, 32, 8, 8192, 1, BlockRule(), True),
         (64, 9, 3, 128, 1, BlockRule(), True),
-        (128, 28, 4, 1024, 2, BlockRule(), True),
+        (128, 28, 4, 1024, 1, BlockRule(), True),
         (128, 32, 8, 1024, 1, BlockRule(128, 1, 16, 48), True),
-        (128, 32, 8, 4096, 4, BlockRule(32, 1, 64, 192), True),
+        (128, 32, 8, 4096, 1, BlockRule(32, 1, 64, 192), True),
         (128, 32, 8, 1024, 1, BlockRule(128, 0, 0, 12, 0, "mean"), True),
         (64, 32, 8, 2048, 1, BlockRule(64, 0, 0, 24, 0, "mean"), True),
         (32, 8, 8, 512, 1, BlockRule(), True),
         (96, 32, 32, 512, 4, BlockRule(), True),
         (80, 32, 32, 512, 4, BlockRule(), True),
-        (256, 8, 4, 512, 2, BlockRule(), True),
-        (256, 16, 1, 2048, 8, BlockRule(), True),
+        (256, 8, 4, 512, 1, BlockRule(), True),
+        (256, 16, 1, 2048, 1, BlockRule(), True),
     ):
+        share = _share(rows, G, H // G, D, rule)
         kinds = _constants(G, H // G, D, blocks, share, rule, padded=padded, exact=False)
         name = f"d{D}-h{H}-g{G}-n{blocks}-s{rule.block_size}-{rule.scorer}-x{share}" + ("" if padded else "-unpadded")
         for kernel, sign, (constants, options) in zip(
             (block_decode_append, block_decode_score, block_decode_attend), (append, score, attend), kinds, strict=True
         ):
-            stack = 64 if kernel is block_decode_attend and blocks > 2048 else 0  # so many scores fill the registers of some versions of Triton
+            stack = 0
+            if kernel is block_decode_attend:  # so many scores fill the registers; on 8.0, Triton 3.6 leaves out two numbers of large blocks
+                stack = 64 if blocks > 2048 else 8 if arch == 80 and rule.block_size == 128 else 0
             configs.append((f"{kernel.__name__}-{name}", kernel, {n: t for n, t in sign.items() if n in kernel.arg_names}, constants, options, stack))
     return configs
