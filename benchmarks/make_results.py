@@ -458,23 +458,26 @@ def infllm() -> str:
     for model in dict.fromkeys(row["model"] for data in files for row in data["rows"]):
         mine = [data for data in files if data["rows"] and data["rows"][0]["model"] == model]
         rows = [row for data in mine for row in data["rows"]]
-        sources = {(r["length"], r["tokens"]): r for _, r in load(f"moa-{model}-source.json")}
+        trained_sources = [*(r for _, r in load(f"moa-{model}-source.json")), *(r for r in rows if r["variant"] == "source")]
+        sources = {(r["length"], trained_on(r)): r for r in trained_sources}
         body = []
         for length in sorted({row["length"] for row in rows}):
             here = [row for row in rows if row["length"] == length]
             body.append([f"{length:,}", "the source", "0", "1", number(here[0]["teacher_ppl"], 3), "1", "-", "0", "1", number(here[0]["teacher_passkey"], 2), thirds(here[0]["teacher_passkey_by_third"])])  # fmt: skip
-            for row in sorted(here, key=lambda r: (not r["variant"].startswith("window"), r["tokens"])):
-                other = sources.get((length, row["tokens"]))
+            for row in sorted(here, key=lambda r: (r["variant"] != "source", not r["variant"].startswith("window"), r["tokens"])):
+                other = None if row["variant"] == "source" else sources.get((length, trained_on(row)))
                 name = (
                     f"window of {int(row['variant'].rpartition('-')[2]):,}"
                     if row["variant"].startswith("window")
+                    else "the source"
+                    if row["variant"] == "source"
                     else "blocks, scored by their mean key"
                     if "mean" in row["variant"]
                     else "blocks"
                 )
                 body.append(
                     [
-                        f"{length:,}", name, f"{row['tokens'] / 1e6:.1f} M" if row["tokens"] else "0", number(row["density"], 3), number(row["ppl"], 3), number(row["ppl_ratio"], 4),
+                        f"{length:,}", name, trained_on(row), number(row["density"], 3), number(row["ppl"], 3), number(row["ppl_ratio"], 4),
                         "-" if other is None else number(row["ppl"] / other["ppl"], 4), number(row["kl"], 4), number(row["agreement"], 3), number(row["passkey"], 2), thirds(row["passkey_by_third"]),
                     ]
                 )  # fmt: skip
@@ -485,6 +488,11 @@ def infllm() -> str:
         for line in dict.fromkeys(where(data["meta"]) for data in mine):
             text += f"{line}\n\n"
     return "## Figures\n" + text if text else ""
+
+
+def trained_on(row: dict[str, Any]) -> str:
+    """Tokens of training and of its rows."""
+    return f"{row['tokens'] / 1e6:.1f} M, rows of {row['data']['train']['length']:,}" if row["tokens"] else "0"
 
 
 def memory() -> str:

@@ -55,6 +55,7 @@ class MixtureOfHeads(AttentionCore):
 
     static_decode = True
     needs_planned_length = True
+    bidirectional = True
 
     def __init__(
         self, num_heads: int, num_key_value_heads: int, head_dim: int, unit: Unit, active: float, shared: float, shared_units: Sequence[int] | None,
@@ -229,7 +230,7 @@ class MixtureOfHeads(AttentionCore):
         active, gate = self._route(q, inputs)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if layer is None or not layer.state:
-            out = routed_attention(q, k, v, active, gate, scale=scale, start=start)
+            out = routed_attention(q, k, v, active, gate, scale=scale, start=start, causal=inputs.causal)
             if layer is not None:
                 G = self.num_key_value_heads
                 capacity = max(layer.num_tokens, layer.planned_length or 0)

@@ -35,6 +35,7 @@ class SeamInputs:
         aligned_to: window sizes and alignments of blocks in the plan of which every document start is known to be a multiple; those of blocks only without padding.
         sliding_window: window of the original layer in tokens, or None.
         layer: the cache layer when decoding with a cache, else None.
+        causal: False = an encoder's attention: a token sees the later ones of its document too.
     """
 
     start: Tensor | None
@@ -45,9 +46,10 @@ class SeamInputs:
     batch_size: int = 0
     num_tokens: int = 0
     device: torch.device | None = None
+    causal: bool = True
 
     def valid(self) -> Tensor:
-        """Which tokens are real, bool [B, T]; False for padding before the document."""
+        """Which tokens are real, bool [B, T]; False for padding before the document, and in encoders for all padding."""
         if self.start is None:
             return torch.ones(self.batch_size, self.num_tokens, dtype=torch.bool, device=self.device)
         return self.start <= torch.arange(self.num_tokens, device=self.start.device)
@@ -61,16 +63,23 @@ class Starts:
     aligned_to: tuple[int, ...] = ()
 
 
-def document_starts(attention_mask: Tensor | None, position_ids: Tensor | None, batch_size: int, num_tokens: int, *, has_past: bool) -> Tensor | None:
+def document_starts(
+    attention_mask: Tensor | None, position_ids: Tensor | None, batch_size: int, num_tokens: int, *, has_past: bool, causal: bool = True
+) -> Tensor | None:
     """Document starts [B, T] from a 2D mask or from packed position_ids; None when there is neither. No device sync.
 
     Args:
         attention_mask: [B, >= T] 1 = real; the last T columns belong to this call.
         position_ids: [B or 1, T]; a value that is not its predecessor + 1 starts a document (only without mask and past, as in
             transformers).
+        causal: padding behind a document is left as a part of it, since none of its tokens sees that. Otherwise any padding token has the start T.
     """
     if attention_mask is not None:
         valid = attention_mask[:, -num_tokens:].bool()
+        if not causal:
+            index = torch.arange(num_tokens, device=valid.device)
+            new = torch.nn.functional.pad(valid[:, 1:] & ~valid[:, :-1], (1, 0))
+            return torch.where(new, index, torch.zeros_like(index)).cummax(1).values.masked_fill(~valid, num_tokens)
         pads = (valid.int().cumsum(1) == 0).sum(1, keepdim=True)
         return pads.expand(batch_size, num_tokens)
     if position_ids is None or has_past or num_tokens == 1 or position_ids.dim() != 2:
@@ -82,15 +91,16 @@ def document_starts(attention_mask: Tensor | None, position_ids: Tensor | None, 
 
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scaling: float, start: Tensor | None, attention_mask: Tensor | None = None, sliding_window: int | None = None,
-    softcap: float | None = None, sink_logits: Tensor | None = None, dropout: float = 0.0,
+    softcap: float | None = None, sink_logits: Tensor | None = None, dropout: float = 0.0, causal: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Exact causal softmax attention with padding, documents, sliding window, logit cap and learned sink logits.
+    """Exact softmax attention with padding, documents, sliding window, logit cap and learned sink logits.
 
     Args:
         q: [B, H, T, D]. k, v: [B, G, S, D], S >= T; the last T keys are the queries' own tokens.
         start: [B, T] document starts relative to this call's first token; used for packing when S == T.
         attention_mask: [B, >= S] 1 = real key, its last S columns belong to the keys; None = all real (or `start` says it).
         sliding_window: keys a query sees including its own.
+        causal: False = queries see later keys of their document too; not with a sliding window or a past.
 
     Returns:
         [B, H, T, D].
@@ -99,22 +109,26 @@ def softmax_attention(
     past = S - T
     plain = softcap is None and sink_logits is None
     if plain and attention_mask is None and (start is None or past) and (sliding_window is None or sliding_window >= S) and (past == 0 or T == 1):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scaling, dropout_p=dropout, enable_gqa=k.shape[1] != q.shape[1])
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=causal and T > 1, scale=scaling, dropout_p=dropout, enable_gqa=k.shape[1] != q.shape[1]
+        )
     if plain and k.shape[1] != q.shape[1]:  # with a mask SDPA's fused kernels do not take grouped heads and it would fall back to T x T
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     key = torch.arange(S, device=q.device)
     pieces = []
     for at in range(0, T, MASKED_QUERY_CHUNK):
         rows = torch.arange(at, min(T, at + MASKED_QUERY_CHUNK), device=q.device)
-        stop = past + int(rows.shape[0]) + at  # later keys are in the future of the whole chunk
+        stop = past + int(rows.shape[0]) + at if causal else S  # later keys are in the future of the whole chunk
         cols = key[:stop]
-        mask = (cols <= rows[:, None] + past)[None]
+        mask = ((cols <= rows[:, None] + past) if causal else torch.ones(len(rows), stop, dtype=torch.bool, device=q.device))[None]
         if sliding_window is not None:
             mask = mask & (cols > rows[:, None] + past - sliding_window)
         if attention_mask is not None:
             mask = mask & attention_mask[:, -S:].bool()[:, None, :stop]
         elif start is not None and past == 0:
             mask = mask & (cols >= start[:, rows, None])
+            if not causal:
+                mask = mask & (torch.minimum(start, key)[:, None] <= rows[:, None])
         mask = mask[:, None]
         chunk_q, chunk_k, chunk_v = q[:, :, rows], k[:, :, :stop], v[:, :, :stop]
         if plain:
@@ -152,6 +166,7 @@ class AttentionCore(nn.Module):
         static_decode: a decode step changes the tensors of its cache layer in place, allocates none for it and never waits for the
             device, so it can be captured in a CUDA graph.
         needs_planned_length: `static_decode` holds only for a cache that was told its length.
+        bidirectional: `forward` knows attention that is not causal, that of encoders.
         alignment: the kernels take packed documents as they are where all begin at multiples of this; 1 = anywhere.
         packed_alignment: set while training on packed rows, all documents of which are known to begin at multiples of it.
         changes_projections: `fit` changes what the attention module's projections compute, so that the layer is no longer the teacher's.
@@ -160,6 +175,7 @@ class AttentionCore(nn.Module):
     static_decode = False
     needs_planned_length = False
     changes_projections = False
+    bidirectional = False
     alignment = 1
 
     def __init__(self) -> None:
@@ -175,7 +191,7 @@ class AttentionCore(nn.Module):
 
     def original(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> Tensor:
         """The teacher's attention of whole sequences, shapes as in `forward`. Raises ValueError where the layer's projections are no longer the teacher's."""
-        return softmax_attention(q, k, v, scaling=inputs.scaling, start=inputs.start, sliding_window=inputs.sliding_window)
+        return softmax_attention(q, k, v, scaling=inputs.scaling, start=inputs.start, sliding_window=inputs.sliding_window, causal=inputs.causal)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: SeamInputs) -> Tensor:
         """Student attention. q [B, H, T, D], k, v [B, G, T, D] (this call's tokens only) -> [B, H, T, D]; updates `inputs.layer`."""
@@ -224,7 +240,8 @@ def attnconvert_attention(
     layer = key.layer if isinstance(key, StateView) else None
     starts: Starts | None = kwargs.get(STARTS_KWARG)
     has_past = layer.num_tokens > T if layer is not None else (key.shape[2] > T if isinstance(key, Tensor) else False)
-    start = starts.start if starts is not None else document_starts(attention_mask, kwargs.get("position_ids"), B, T, has_past=has_past)
+    causal = bool(getattr(module, "is_causal", True))  # as transformers' own attention functions ask
+    start = starts.start if starts is not None else document_starts(attention_mask, kwargs.get("position_ids"), B, T, has_past=has_past, causal=causal)
     window = kwargs.get("sliding_window")
     if core is None:
         assert isinstance(key, Tensor)
@@ -241,6 +258,7 @@ def attnconvert_attention(
             softcap=kwargs.get("softcap"),
             sink_logits=kwargs.get("s_aux"),
             dropout=dropout,
+            causal=causal,
         )
         return out.transpose(1, 2).contiguous(), None
     if isinstance(key, StateView):
@@ -250,7 +268,7 @@ def attnconvert_attention(
     assert isinstance(value, Tensor)
     if key.shape[2] != T:
         raise ValueError("a converted layer was given a key-value cache that is not its own; pass past_key_values=None or model.build_cache()")
-    inputs = SeamInputs(start, scaling, starts.aligned_to if starts is not None else (), window, layer, B, T, query.device)
+    inputs = SeamInputs(start, scaling, starts.aligned_to if starts is not None else (), window, layer, B, T, query.device, causal)
     if core.teacher or core.tap is not None:
         if layer is not None:
             raise ValueError("teacher mode computes whole sequences: call the model with use_cache=False")
@@ -258,6 +276,8 @@ def attnconvert_attention(
         if core.tap is not None:
             core.tap(core, query, key, value, inputs, out)
     else:
+        if not causal and not core.bidirectional:
+            raise ValueError(f"{type(module).__name__} is not causal, its tokens see later ones, and {type(core).__name__} computes causal attention only")
         out = core(query, key, value, inputs)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
