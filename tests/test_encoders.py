@@ -10,7 +10,7 @@ from attnconvert.surgery.methods import hedgehog
 from attnconvert.surgery.methods.moh import METHOD, MohConfig
 from attnconvert.surgery.runtime.heads import MixtureOfHeads
 from attnconvert.surgery.runtime.modeling import attach_cores, use_seam
-from attnconvert.surgery.runtime.seam import SeamInputs, document_starts
+from attnconvert.surgery.runtime.seam import SeamInputs, attnconvert_attention, document_starts
 
 HEADS, DIM, LAYERS = 4, 8, 2
 SIZES = {"hidden_size": HEADS * DIM, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 48}
@@ -123,6 +123,12 @@ def test_a_core_that_is_causal_refuses_an_encoder():
     use_seam(model)
     with pytest.raises(ValueError, match="is not causal"):
         model(**words(None))
+
+
+def test_a_window_on_both_sides_is_refused():
+    q = torch.randn(1, HEADS, 12, DIM)
+    with pytest.raises(ValueError, match="sliding window of 4"):
+        attnconvert_attention(bert()[0].encoder.layer[0].attention.self, q, q, q, None, sliding_window=4)
 
 
 def outputs_with_padding():

@@ -199,7 +199,8 @@ def _both_sums(a, b, other_a, other_b):
 def _best(bits, wanted):
     """Which of the non-negative numbers are the `wanted` largest, earlier ones first where they are equal; negative ones never.
 
-    A search with four thresholds a round, since a round waits longer for its sums than it counts: two counts of 15 bits are a word.
+    A search with four thresholds a round, since a round waits longer for its sums than it counts: two counts of 15 bits (there are at most
+    MAX_BLOCKS numbers) are a word.
     """
     there = (bits >= 0).to(tl.int32)
     low, high, have = tl.reduce((tl.where(bits >= 0, bits, 0x7FFFFFFF), bits, there), 0, _either_range)

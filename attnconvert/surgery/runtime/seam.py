@@ -243,6 +243,8 @@ def attnconvert_attention(
     causal = bool(getattr(module, "is_causal", True))  # as transformers' own attention functions ask
     start = starts.start if starts is not None else document_starts(attention_mask, kwargs.get("position_ids"), B, T, has_past=has_past, causal=causal)
     window = kwargs.get("sliding_window")
+    if not causal and window is not None:
+        raise ValueError(f"{type(module).__name__} is not causal and has a sliding window of {window} tokens: windows on both sides are not computed here")
     if core is None:
         assert isinstance(key, Tensor)
         assert isinstance(value, Tensor)
