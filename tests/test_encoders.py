@@ -65,6 +65,15 @@ def test_an_encoder_of_text_computes_what_it_did(mask, config):
     torch.testing.assert_close(seen_part(got, MASKS[mask]), seen_part(wanted, MASKS[mask]), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("mask", MASKS)
+@torch.no_grad()
+def test_in_teacher_mode_a_layer_is_the_stock_one_whatever_heads_it_uses(mask):
+    model = through_the_seam(*bert(), HALF)
+    next(module for module in model.modules() if isinstance(module, MixtureOfHeads)).teacher = True
+    wanted = bert()[0](**words(MASKS[mask])).last_hidden_state
+    torch.testing.assert_close(seen_part(model(**words(MASKS[mask])).last_hidden_state, MASKS[mask]), seen_part(wanted, MASKS[mask]), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("config", [None, EVERYTHING], ids=["no core", "all heads"])
 @torch.no_grad()
 def test_a_vision_transformer_computes_what_it_did(config):

@@ -29,7 +29,7 @@ except ImportError as error:
 
 from attnconvert.kernels.blocks.rule import BlockRule
 from attnconvert.kernels.launch import MAX_PLANS, Launch, Layout, Plan, signature
-from attnconvert.kernels.registration import INTERPRETED, namespace
+from attnconvert.kernels.registration import INTERPRETED, architecture, namespace
 
 LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-(2.0**100))  # the logit of no key; finite, so that a difference of two is 0
@@ -234,7 +234,8 @@ def block_decode_attend(
 ):  # fmt: skip
     """Grid (most shares of visible blocks, G, B).
 
-    Memory between programs: LIST [B, G, programs, SHARE] int32, PART [B, G, programs, GROUP, D] and STATS [B, G, programs, GROUP, 2], maximum (base 2) and sum,
+    A program has SHARE blocks (LISTED: room for them) and looks at BN of their keys together; NB: room for the blocks that may be chosen, RP: for query heads; the
+    largest logits of BS parts are read together. Memory between programs: LIST [B, G, programs, SHARE] int32, PART [B, G, programs, GROUP, D] and STATS [B, G, programs, GROUP, 2], maximum (base 2) and sum,
     fp32. OUT [B, H, D] is contiguous.
     """
     program, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -350,9 +351,9 @@ def _most_visible(blocks: int, rule: BlockRule) -> int:
 
 
 def _constants(
-    kv_heads: int, group: int, head_dim: int, blocks: int, share: int, rule: BlockRule, *, padded: bool, exact: bool
+    kv_heads: int, group: int, head_dim: int, blocks: int, share: int, rule: BlockRule, *, padded: bool, exact: bool, arch: int
 ) -> tuple[tuple[dict[str, Any], dict[str, int]], ...]:  # fmt: skip
-    """Constexprs and launch options of the three kernels. blocks: of the cache."""
+    """Constexprs and launch options of the three kernels. blocks: of the cache; arch: 10 * compute capability."""
     BD, RP = max(16, triton.next_power_of_2(head_dim)), triton.next_power_of_2(group)
     shared = {
         "BLOCK": rule.block_size, "KV_HEADS": kv_heads, "GROUP": group, "D": head_dim, "ROWS": 16, "BD": BD, "PRECISION": "ieee" if exact else "tf32",
@@ -363,11 +364,12 @@ def _constants(
     append = {**shared, **means, "PADDED": padded, "BN": COARSE_KEYS}
     score = {**shared, **means, "LEAD": rule.lead, "COARSE_KEYS": COARSE_KEYS, "BN": FINE_KEYS, "BP": LSE_PARTS}
     programs = triton.cdiv(_most_visible(blocks, rule), share)
+    stages = 3 if arch // 10 in (9, 10) else 2  # 136 KB of shared memory or 72; 8.6 and 8.9 have 99
     attend = {
         **shared, "LEAD": rule.lead, "BN": min(256, ATTENDED_BYTES // (BD * (4 if exact else 2)), triton.next_power_of_2(share * rule.block_size)), "SHARE": share,
         "LISTED": triton.next_power_of_2(share), "NB": NB, "RP": RP, "BS": min(triton.next_power_of_2(programs), 1024 // RP),
     }  # fmt: skip
-    return (append, {"num_warps": 4, "num_stages": 2}), (score, {"num_warps": 4, "num_stages": 2}), (attend, {"num_warps": warps, "num_stages": 3})
+    return (append, {"num_warps": 4, "num_stages": 2}), (score, {"num_warps": 4, "num_stages": 2}), (attend, {"num_warps": warps, "num_stages": stages})
 
 
 _TENSORS = ("q", "k", "v", "cache_k", "cache_v", "fine", "coarse", "length", "start")
@@ -392,7 +394,7 @@ def _plan(tensors: tuple[Any, ...], rule: BlockRule, scale: float) -> tuple[Plan
     scratch.add("list", (B, G, programs, share), torch.int32)
     scratch.add("part", (B, G, programs, H // G, D), torch.float32)
     scratch.add("stats", (B, G, programs, H // G, 2), torch.float32)
-    append, score, attend = _constants(G, H // G, D, blocks, share, rule, padded="start" in known, exact=dtype == torch.float32)
+    append, score, attend = _constants(G, H // G, D, blocks, share, rule, padded="start" in known, exact=dtype == torch.float32, arch=architecture(device))
     start, start_row = ("start", stride["start"][0]) if "start" in known else ("length", 0)  # an absent tensor is a pointer the kernel never follows
     strides = [stride[name][axis] for name in "qkv" for axis in (0, 2)]
     coarse = "fine" if rule.coarser == 1 else "coarse"
@@ -454,7 +456,7 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
     """What ships, for ahead-of-time compilation: (name, kernel, signature, constexprs, options, stack accepted in bytes), in bfloat16.
 
     Args:
-        arch: 10 * major + minor of the compute capability; blocks do not depend on it.
+        arch: 10 * major + minor of the compute capability whose blocks to take.
     """
     numbers = {"capacity": "i32:16", "num_blocks": "i32:16", "dense_len": "i32:16", "scale": "fp32", "q_row": "i32:16", "q_head": "i32:16"}
     scratch = {"LSE": "*fp32", "POSITION": "*i32", "OWN": "*fp32", "LAST": "*fp32"}
@@ -499,13 +501,13 @@ def aot_configs(arch: int = 90) -> list[tuple[str, Any, dict[str, str], dict[str
         (256, 16, 1, 2048, 1, BlockRule(), True),
     ):
         share = _share(rows, G, H // G, D, rule)
-        kinds = _constants(G, H // G, D, blocks, share, rule, padded=padded, exact=False)
+        kinds = _constants(G, H // G, D, blocks, share, rule, padded=padded, exact=False, arch=arch)
         name = f"d{D}-h{H}-g{G}-n{blocks}-s{rule.block_size}-{rule.scorer}-x{share}" + ("" if padded else "-unpadded")
         for kernel, sign, (constants, options) in zip(
             (block_decode_append, block_decode_score, block_decode_attend), (append, score, attend), kinds, strict=True
         ):
             stack = 0
-            if kernel is block_decode_attend:  # so many scores fill the registers; on 8.0, Triton 3.6 leaves out two numbers of large blocks
-                stack = 64 if blocks > 2048 else 8 if arch == 80 and rule.block_size == 128 else 0
+            if kernel is block_decode_attend:  # so many scores fill the registers; on 8.0 ptxas rather leaves out two numbers than run fewer programs
+                stack = 64 if blocks > 2048 else 8 if arch == 80 else 0
             configs.append((f"{kernel.__name__}-{name}", kernel, {n: t for n, t in sign.items() if n in kernel.arg_names}, constants, options, stack))
     return configs
